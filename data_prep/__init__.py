@@ -1,0 +1,1 @@
+"""Text in, verified token shards out; never imports torch."""

@@ -1,0 +1,167 @@
+"""What determines the bytes of a dataset, written down before the work begins.
+
+- `BuildOptions`: everything beside sources and tokenizer that changes a byte.
+- `BuildPlan`: options, input and versions in one comparable value. It is stored in the work folder
+  and, with the same field names, in the manifest; a build that finds another one refuses to go on,
+  because half a dataset of each would be a dataset of neither.
+
+Left out is what must not change a byte: the number of workers, the output folder, times, the
+machine. Sources keep the names that the user typed: absolute paths would make the same corpus
+another dataset on another machine.
+"""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from data_prep.cleaning import CleaningOptions
+from data_prep.documents import ReadOptions, Unit
+from data_prep.errors import UserError
+from data_prep.manifest import SourceInfo
+from data_prep.source_units import TARGET_BYTES
+from data_prep.tokenizer import Tokenizer
+
+SHARD_TOKENS = 2**27
+"""Tokens from which a shard takes no further document: 512 MiB, a few seconds to hash."""
+SOFTWARE = ("deberta-pretrain", "sentencepiece", "tokenizers")
+"""Distributions whose versions determine the ids or the tokenizer files."""
+_MEANINGS = {
+    "command": "command line (each option spelled out)",
+    "software": "versions",
+    "tokenizer_fingerprint": "tokenizer (sha256 of the model)",
+    "sources": "bytes of the sources",
+    "plan_sha256": "input files (sha256 of their names, sizes and cuts)",
+}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Everything beside sources and tokenizer that determines the bytes of a dataset.
+
+    Args:
+        read: how sources are read.
+        cleaning: which documents are kept.
+        heldout_fraction: share of the documents that is held out, in [0, 0.5].
+        unit_bytes: bytes of input that one unit of work aims at.
+        shard_tokens: tokens from which a shard takes no further document.
+    """
+
+    read: ReadOptions = field(default_factory=ReadOptions)
+    cleaning: CleaningOptions = field(default_factory=CleaningOptions)
+    heldout_fraction: float = 0.01
+    unit_bytes: int = TARGET_BYTES
+    shard_tokens: int = SHARD_TOKENS
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.heldout_fraction <= 0.5:
+            raise UserError(
+                f"--heldout-fraction {self.heldout_fraction}: must lie between 0 and 0.5"
+            )
+        for option, value in (("unit-bytes", self.unit_bytes), ("shard-tokens", self.shard_tokens)):
+            if value < 1:
+                raise UserError(f"--{option} {value}: must be at least 1")
+
+    def words(self) -> list[str]:
+        """The options as words of the command line, none left to its default."""
+        values = {
+            "text-field": self.read.text_field,
+            "txt-document": self.read.txt_document,
+            "max-document-bytes": self.read.max_document_bytes,
+            "min-characters": self.cleaning.min_characters,
+            "heldout-fraction": self.heldout_fraction,
+            "unit-bytes": self.unit_bytes,
+            "shard-tokens": self.shard_tokens,
+        }
+        return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What must not change between the runs of one build; the fields are those of `Manifest`.
+
+    Args:
+        command: the command line, every option spelled out.
+        software: versions of what determines the bytes.
+        tokenizer_fingerprint: sha256 of the SentencePiece model.
+        sources: the sources and their sizes.
+        plan_sha256: sha256 of the list of units.
+    """
+
+    command: str
+    software: dict[str, str]
+    tokenizer_fingerprint: str
+    sources: tuple[SourceInfo, ...]
+    plan_sha256: str
+
+    @classmethod
+    def make(
+        cls,
+        sources: Sequence[str],
+        tokenizer_path: Path,
+        tokenizer: Tokenizer,
+        options: BuildOptions,
+        units: Sequence[Unit],
+    ) -> "BuildPlan":
+        """Describe a build.
+
+        Args:
+            sources: as the user named them.
+            tokenizer_path: as the user named it.
+            tokenizer: what was found there.
+            options: everything else that determines the bytes.
+            units: what the sources were divided into.
+
+        Returns:
+            The plan.
+        """
+        words = ["deberta-prep", "build", *sources, "--tokenizer", str(tokenizer_path)]
+        input_bytes = dict.fromkeys(sources, 0)
+        for unit in units:
+            input_bytes[unit.source] += unit.num_bytes
+        listing = json.dumps([unit.to_dict() for unit in units])
+        return cls(
+            command=shlex.join([*words, *options.words()]),
+            software={name: _version(name) for name in SOFTWARE},
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            sources=tuple(SourceInfo(name, count) for name, count in input_bytes.items()),
+            plan_sha256=hashlib.sha256(listing.encode()).hexdigest(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as values that JSON gives back unchanged."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def refuse_other(self, stored: dict[str, Any], output: Path, state: str) -> None:
+        """Compare with the plan that a folder was made by.
+
+        Args:
+            stored: what the folder holds: a parsed plan or manifest.
+            output: the folder.
+            state: what happened to the folder, for the message.
+
+        Raises:
+            UserError: they differ; the message says in what.
+        """
+        lines = [
+            f"  {_MEANINGS[key]}\n    then: {stored.get(key)}\n    now:  {value}"
+            for key, value in self.to_dict().items()
+            if stored.get(key) != value
+        ]
+        if lines:
+            raise UserError(
+                f"{output} {state} from something else:\n" + "\n".join(lines) + "\n"
+                f"Choose another --output, delete {output} to start afresh, or repeat the command "
+                f"and the input of then"
+            )
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,225 @@
+"""`deberta-prep`: text in, a verified dataset out. Each command parses, calls and prints.
+
+Exit codes: 0 done, 1 a worker died, 2 bad usage or input, 88 damaged dataset, 130 Ctrl-C.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from data_prep import console
+from data_prep.build import build as run_build
+from data_prep.build_plan import SHARD_TOKENS, BuildOptions
+from data_prep.cleaning import CleaningOptions
+from data_prep.documents import ACCEPTED, ReadOptions, ReadReport
+from data_prep.errors import UserError
+from data_prep.executors import ProcessExecutor
+from data_prep.manifest import Split
+from data_prep.shards import Dataset
+from data_prep.source_units import TARGET_BYTES
+from data_prep.stats import dataset_stats
+from data_prep.tokenizer import Tokenizer
+from data_prep.verify import verify as run_verify
+
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Prepare text for pre-training: train a tokenizer, build a dataset, check and inspect it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Rich markup would swallow the square brackets of [MASK], and importing it is slow.
+    rich_markup_mode=None,
+)
+
+SourcesArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="SOURCE...", help=f"Files, folders or quoted globs: {ACCEPTED}."),
+]
+DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Dataset folder.")]
+TextFieldOption = Annotated[
+    str, typer.Option(help="Field of a JSON line, column of a Parquet or Arrow file.")
+]
+TxtDocumentOption = Annotated[
+    Literal["file", "line"], typer.Option(help="What one document is in a .txt file.")
+]
+MaxDocumentBytesOption = Annotated[
+    int, typer.Option(help="Longer lines and rows are dropped; bounds the memory of a worker.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+DEFAULTS = ReadOptions()
+
+
+@app.command()
+def train_tokenizer(
+    sources: SourcesArgument,
+    output: Annotated[Path, typer.Option(help="Tokenizer folder to make.")],
+    vocab_size: Annotated[int, typer.Option(help="Pieces of the model.")] = 128_000,
+    sample_bytes: Annotated[
+        int, typer.Option(help="Text to train on, at most; memory is a few times that.")
+    ] = 512 << 20,
+    character_coverage: Annotated[
+        float, typer.Option(help="Share of the characters with pieces; others become bytes.")
+    ] = 0.9995,
+    text_field: TextFieldOption = DEFAULTS.text_field,
+    txt_document: TxtDocumentOption = DEFAULTS.txt_document,
+    max_document_bytes: MaxDocumentBytesOption = DEFAULTS.max_document_bytes,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a SentencePiece tokenizer in DeBERTaV3's layout.
+
+    Example: deberta-prep train-tokenizer corpus --output tokenizer --vocab-size 32000
+    """
+    from data_prep.tokenizer_training import TrainingOptions, train_tokenizer_from_sources
+
+    reading = ReadReport()
+    report = train_tokenizer_from_sources(
+        sources,
+        output,
+        TrainingOptions(vocab_size, sample_bytes, character_coverage),
+        ReadOptions(text_field, txt_document, max_document_bytes),
+        reading,
+    )
+    if as_json:
+        _print_json({**report.to_dict(), "reading": reading.to_dict()})
+        return
+    console.print_table(f"tokenizer {output}", ("figure", "value"), list(report.to_dict().items()))
+    console.print_reading(reading)
+
+
+@app.command()
+def build(
+    sources: SourcesArgument,
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder, or a .model file.")],
+    output: Annotated[Path, typer.Option(help="Dataset folder to make, or to go on with.")],
+    workers: Annotated[int, typer.Option(help="Processes; 1.5 GiB of memory each.")] = 1,
+    executor: Annotated[
+        Literal["processes"], typer.Option(help="Where the units of work run.")
+    ] = "processes",
+    text_field: TextFieldOption = DEFAULTS.text_field,
+    txt_document: TxtDocumentOption = DEFAULTS.txt_document,
+    max_document_bytes: MaxDocumentBytesOption = DEFAULTS.max_document_bytes,
+    min_characters: Annotated[int, typer.Option(help="Shorter documents are dropped.")] = 1,
+    heldout_fraction: Annotated[
+        float, typer.Option(help="Share of the documents that is held out for evaluation.")
+    ] = 0.01,
+    unit_bytes: Annotated[
+        int, typer.Option(help="Input bytes of one unit of work; part of what decides the shards.")
+    ] = TARGET_BYTES,
+    shard_tokens: Annotated[
+        int, typer.Option(help="A shard of this many tokens takes no further document.")
+    ] = SHARD_TOKENS,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn text into a dataset of token shards; run again after an interruption to continue.
+
+    The result depends on the input alone: the same bytes for any --workers and after any kill.
+
+    Example: deberta-prep build corpus --tokenizer tokenizer --output dataset --workers 8
+    """
+    options = BuildOptions(
+        read=ReadOptions(text_field, txt_document, max_document_bytes),
+        cleaning=CleaningOptions(min_characters),
+        heldout_fraction=heldout_fraction,
+        unit_bytes=unit_bytes,
+        shard_tokens=shard_tokens,
+    )
+    pool = {"processes": ProcessExecutor}[executor](workers)
+    try:
+        with console.BuildProgress() as progress:
+            report = run_build(
+                sources, tokenizer, output, options, pool, progress.start, progress.advance
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; run the same command to go on with {output}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if as_json:
+        _print_json(console.build_values(report))
+    else:
+        console.print_build(report)
+
+
+@app.command()
+def verify(
+    dataset: DatasetArgument,
+    sample: Annotated[
+        int, typer.Option(min=1, help="Documents of each split to decode and encode again.")
+    ] = 1000,
+    full: Annotated[bool, typer.Option("--full", help="Decode and encode all of them.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Files hashed at the same time.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every byte of a dataset and what it means; exit code 88 if something is damaged.
+
+    Example: deberta-prep verify dataset --workers 8
+    """
+    report = run_verify(dataset, None if full else sample, workers)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        console.print_verify(report)
+
+
+@app.command()
+def show(
+    dataset: DatasetArgument,
+    document: Annotated[int, typer.Option(help="Number of the document, from 0.")],
+    split: Annotated[Split, typer.Option(help="Split that it is counted in.")] = "train",
+    as_json: JsonOption = False,
+) -> None:
+    """Print one document as text and as the pieces that a model reads.
+
+    Example: deberta-prep show dataset --document 12 --split heldout
+    """
+    opened = Dataset.open(dataset)
+    tokenizer = Tokenizer.load(opened.tokenizer_folder)
+    ids, shard = opened.document(split, document)
+    text, pieces = tokenizer.decode(ids), tokenizer.pieces(ids)
+    if as_json:
+        _print_json(
+            {
+                "document": document,
+                "split": split,
+                "shard": shard.name,
+                "source": shard.source,
+                "text": text,
+                "pieces": pieces,
+                "ids": ids.tolist(),
+            }
+        )
+        return
+    console.write_line(
+        f"document {document} of {split}: {ids.size} tokens, in {shard.name}, from {shard.source}"
+    )
+    console.write_line(f"\n{text}\n")
+    console.write_line(" ".join(pieces))
+
+
+@app.command()
+def stats(dataset: DatasetArgument, as_json: JsonOption = False) -> None:
+    """Print sizes and document lengths for each source and split.
+
+    Example: deberta-prep stats dataset
+    """
+    groups = dataset_stats(Dataset.open(dataset))
+    if as_json:
+        _print_json(console.stats_values(groups))
+    else:
+        console.print_stats(groups)
+
+
+def _print_json(values: Any) -> None:
+    console.write_line(json.dumps(values, indent=2))
+
+
+def main() -> None:
+    """Run the command line; what a user did wrong is told in one message, without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)

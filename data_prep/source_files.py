@@ -1,0 +1,197 @@
+"""Sources as users name them -> the files that they mean, in a fixed order.
+
+- `find_source_files`: a file, a folder (recursive), a glob or a `datasets` folder as its files.
+- `SourceFile`: one of them.
+- `ACCEPTED`: the formats, in words for messages.
+
+The format is told by the suffix in front of a suffix of compression ("news.jsonl.gz" is jsonl);
+whether a file really is compressed is told by its first bytes when it is read.
+"""
+
+import glob
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data_prep.errors import UserError
+from data_prep.read_report import ReadReport
+
+Kind = Literal["txt", "jsonl", "parquet", "arrow"]
+
+ACCEPTED = (
+    ".txt, .jsonl (each plain or packed with gzip, zstd or xz), .parquet, and folders that "
+    "`datasets` wrote with save_to_disk"
+)
+_KINDS: dict[str, Kind] = {
+    ".txt": "txt",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_COMPRESSION_SUFFIXES = {".gz", ".gzip", ".zst", ".zstd", ".xz"}
+_DATASET_STATE = "state.json"
+_DATASET_INDEX = "dataset_dict.json"
+_IGNORED = "ignored file"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to be read."""
+
+    path: str
+    """As the user would write it."""
+    real_path: str
+    """Absolute and without symbolic links in front of the file's own name."""
+    kind: Kind
+    """Its format, apart from compression."""
+    num_bytes: int
+    """Its size."""
+
+
+def find_source_files(source: str, report: ReadReport) -> list[SourceFile]:
+    """List the files that a source means.
+
+    Args:
+        source: A file, a folder, a folder written by `datasets`, or a glob ("**" descends).
+        report: Where files that are passed over are noted.
+
+    Returns:
+        The files, sorted by path; at least one.
+
+    Raises:
+        UserError: The source is missing, is not of an accepted format, or holds nothing readable.
+    """
+    path = Path(source)
+    ignored_before = report.notes.get(_IGNORED, 0)
+    if path.is_dir():
+        files = list(_walk(path, report, set()))
+    elif path.exists():
+        return [_named_file(path)]
+    elif glob.has_magic(source):
+        files = list(_matches(source, report))
+    else:
+        kind = "is a broken link" if path.is_symlink() else "does not exist"
+        raise UserError(
+            f"source {source} {kind}; accepted are files, folders and globs of {ACCEPTED}"
+        )
+    if not files:
+        ignored = report.notes.get(_IGNORED, 0) - ignored_before
+        others = f" ({ignored} other files were passed over)" if ignored else ""
+        raise UserError(f"source {source} holds no text to read{others}; accepted are {ACCEPTED}")
+    return sorted(files, key=lambda file: Path(file.path).parts)
+
+
+def _matches(pattern: str, report: ReadReport) -> Iterator[SourceFile]:
+    visited: set[str] = set()
+    # Path.glob takes no absolute patterns.
+    for match in sorted(glob.glob(pattern, recursive=True)):  # noqa: PTH207
+        path = Path(match)
+        if not path.is_dir():
+            yield from _listed_file(path, report)
+        elif "**" not in pattern:
+            # "**" matches what is inside the folders too, which must not be listed twice.
+            yield from _walk(path, report, visited)
+
+
+def kind_of(path: Path) -> Kind | None:
+    """Tell the format of a file by its name.
+
+    Args:
+        path: The file; a suffix of compression is looked through.
+
+    Returns:
+        The format, or None if the name does not tell an accepted one.
+    """
+    name = Path(path.name.lower())
+    if name.suffix in _COMPRESSION_SUFFIXES:
+        name = name.with_suffix("")
+    return _KINDS.get(name.suffix)
+
+
+def _source_file(path: Path, kind: Kind, num_bytes: int) -> SourceFile:
+    real = Path(os.path.realpath(path.parent)) / path.name
+    return SourceFile(str(path), str(real), kind, num_bytes)
+
+
+def _named_file(path: Path) -> SourceFile:
+    """A file that the user named: what cannot be read is an error, not something to pass over."""
+    kind = kind_of(path)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"source {path} is not a regular file; write its text to a file first")
+    if kind is None:
+        raise UserError(
+            f"source {path} is of no known format (the name's suffix tells it); "
+            f"accepted are {ACCEPTED}"
+        )
+    return _source_file(path, kind, status.st_size)
+
+
+def _listed_file(path: Path, report: ReadReport) -> Iterator[SourceFile]:
+    """A file that was found: foreign, hidden and special ones are noted and passed over."""
+    kind = kind_of(path)
+    if path.name == _DATASET_INDEX:
+        return
+    if path.name.startswith(".") or kind is None:
+        report.note(_IGNORED, str(path), detail="hidden" if path.name[0] == "." else "format")
+        return
+    try:
+        status = path.stat()
+    except OSError as error:
+        report.note(_IGNORED, str(path), detail=error.strerror or "unreadable")
+        return
+    if stat.S_ISREG(status.st_mode):
+        yield _source_file(path, kind, status.st_size)
+    else:
+        report.note(_IGNORED, str(path), detail="not a regular file")
+
+
+def _walk(folder: Path, report: ReadReport, visited: set[str]) -> Iterator[SourceFile]:
+    real = os.path.realpath(folder)
+    if real in visited:
+        # Links that lead back up would be followed for ever.
+        return
+    visited.add(real)
+    if (folder / _DATASET_STATE).is_file():
+        yield from _saved_dataset(folder)
+        return
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(
+            f"folder {folder} cannot be listed: {error.strerror}; make it readable or name its "
+            "files one by one"
+        ) from error
+    for entry in entries:
+        if entry.is_dir():
+            if entry.name.startswith("."):
+                report.note(_IGNORED, str(entry), detail="hidden folder")
+            else:
+                yield from _walk(entry, report, visited)
+        else:
+            yield from _listed_file(entry, report)
+
+
+def _saved_dataset(folder: Path) -> Iterator[SourceFile]:
+    """The Arrow files of a folder that `datasets` wrote; stale cache files beside them are not."""
+    state_file = folder / _DATASET_STATE
+    try:
+        state = json.loads(state_file.read_text(encoding="utf-8"))
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{state_file} is not the state of a folder written by datasets' save_to_disk "
+            f"({type(error).__name__}: {error}); save the dataset again, or name its files"
+        ) from error
+    for name in names:
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise UserError(
+                f"{state_file} names the file {name}, which is not in the folder; save the "
+                "dataset again"
+            )
+        yield _source_file(path, "arrow", path.stat().st_size)

@@ -1,0 +1,268 @@
+"""One unit of a build: its documents in, its shards out, and a mark that says it is done.
+
+    WORK/unit-000012/shard-00000.tokens.npy ...    as in a dataset; numbered within the unit
+    WORK/unit-000012/dropped.jsonl                 every input that gave no document, and why
+    WORK/unit-000012/done.json                     `UnitMark`: written last, holds all hashes
+
+`build_unit` is what a worker runs. It depends on the unit and the job alone; called again it finds
+the mark, checks the files against it and does nothing, or starts the unit over. That one property
+makes a build the same for any number of workers and after any number of kills.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TextIO
+
+from data_prep.cleaning import CleaningOptions, clean_document, split_long
+from data_prep.documents import ReadOptions, Unit, read_unit
+from data_prep.errors import UserError
+from data_prep.manifest import (
+    ShardInfo,
+    Split,
+    shard_from_json,
+    sync_folder,
+    write_atomically,
+)
+from data_prep.npy_files import hash_blocks
+from data_prep.read_report import ReadReport
+from data_prep.shards import ShardWriter
+from data_prep.tokenizer import Tokenizer
+
+DROPPED_NAME = "dropped.jsonl"
+MARK_NAME = "done.json"
+
+
+@dataclass(frozen=True)
+class UnitJob:
+    """What every unit of a build has in common.
+
+    Args:
+        work: folder of the unit folders.
+        tokenizer: tokenizer folder or model file.
+        read_options: how sources are read.
+        cleaning_options: which documents are kept.
+        heldout_fraction: share of the documents that goes to the split `heldout`, in [0, 1).
+        shard_tokens: a shard that holds this many tokens takes no further document.
+    """
+
+    work: Path
+    tokenizer: Path
+    read_options: ReadOptions
+    cleaning_options: CleaningOptions
+    heldout_fraction: float
+    shard_tokens: int
+
+    def folder(self, unit_index: int) -> Path:
+        """Folder of one unit."""
+        return self.work / f"unit-{unit_index:06d}"
+
+
+@dataclass(frozen=True)
+class UnitMark:
+    """What a finished unit left behind.
+
+    Args:
+        input_bytes: bytes of input that the unit stands for.
+        shards: its shards, in the order in which they were begun.
+        dropped_sha256: sha256 of its dropped.jsonl.
+        report: what was read and dropped.
+    """
+
+    input_bytes: int
+    shards: tuple[ShardInfo, ...]
+    dropped_sha256: str
+    report: ReadReport
+
+    def save(self, folder: Path) -> None:
+        """Write the mark: from here on the unit is done."""
+        values = {
+            "input_bytes": self.input_bytes,
+            "shards": [asdict(shard) for shard in self.shards],
+            "dropped_sha256": self.dropped_sha256,
+            "report": self.report.to_dict(),
+        }
+        write_atomically(folder / MARK_NAME, json.dumps(values).encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> "UnitMark | None":
+        """Read the mark of a unit; None if it is missing or makes no sense."""
+        try:
+            values = json.loads((folder / MARK_NAME).read_bytes())
+            return cls(
+                input_bytes=values["input_bytes"],
+                shards=tuple(shard_from_json(shard) for shard in values["shards"]),
+                dropped_sha256=values["dropped_sha256"],
+                report=ReadReport.from_dict(values["report"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def fits(self, folder: Path) -> bool:
+        """Whether every file of the unit still has the hash that it was written with."""
+        expected = {DROPPED_NAME: self.dropped_sha256}
+        for shard in self.shards:
+            expected[shard.tokens_file] = shard.tokens_sha256
+            expected[shard.doc_ends_file] = shard.doc_ends_sha256
+        try:
+            return all(_sha256(folder / name) == digest for name, digest in expected.items())
+        except OSError:
+            return False
+
+
+def build_unit(job: UnitJob, unit: Unit) -> UnitMark:
+    """Make the shards of one unit, unless they are there already.
+
+    Args:
+        job: what all units have in common.
+        unit: what to read.
+
+    Returns:
+        The mark, which is also on disk.
+
+    Raises:
+        UserError: an input cannot be read or has changed, or the disk is full.
+    """
+    folder = job.folder(unit.index)
+    mark = UnitMark.load(folder)
+    if mark is not None and mark.fits(folder):
+        return mark
+    shutil.rmtree(folder, ignore_errors=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True)
+        mark = _write_unit(job, unit, folder)
+        mark.save(folder)
+        sync_folder(job.work)
+    return mark
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the file system refuses into a message for people."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); make room or choose another "
+            f"--output. Finished units are kept: the same command continues"
+        ) from error
+
+
+def _write_unit(job: UnitJob, unit: Unit, folder: Path) -> UnitMark:
+    tokenizer = _load_tokenizer(job.tokenizer)
+    with ExitStack() as stack:
+        log = stack.enter_context((folder / DROPPED_NAME).open("w", encoding="utf-8", newline="\n"))
+        report = DropLog(log)
+        shards = stack.enter_context(UnitShards(folder, unit.source, job.shard_tokens))
+        for document in read_unit(unit, job.read_options, report):
+            kept = clean_document(document, job.cleaning_options, report)
+            if kept is None:
+                continue
+            text = kept.text.encode()
+            writer = shards.writer(split_of(text, job.heldout_fraction))
+            for chunk in split_long(kept.text):
+                writer.write(tokenizer.encode(chunk))
+            if writer.document_tokens:
+                writer.end_document(len(text))
+            else:
+                report.drop("no tokens", document.source, document.position)
+        infos = shards.finish()
+    plain_report = ReadReport.from_dict(report.to_dict())
+    return UnitMark(unit.num_bytes, infos, _sha256(folder / DROPPED_NAME), plain_report)
+
+
+class DropLog(ReadReport):
+    """A report that also writes every drop down, however many there are.
+
+    Args:
+        log: receives one JSON object a line.
+    """
+
+    def __init__(self, log: TextIO) -> None:
+        super().__init__()
+        self._log = log
+
+    def drop(self, reason: str, file: str, place: str = "", detail: str = "", count: int = 1):
+        """Count a loss, remember it among the examples and write it down."""
+        super().drop(reason, file, place, detail, count)
+        entry = {"file": file, "place": place, "reason": reason, "detail": detail, "count": count}
+        self._log.write(json.dumps(entry) + "\n")
+
+
+class UnitShards:
+    """The shards of one unit: one open per split, a new one when it is full.
+
+    Use as a context manager: what was not finished is removed.
+
+    Args:
+        folder: where they go.
+        source: source of the unit.
+        shard_tokens: size from which a shard is full.
+    """
+
+    def __init__(self, folder: Path, source: str, shard_tokens: int) -> None:
+        self._folder, self._source, self._shard_tokens = folder, source, shard_tokens
+        self._stack = ExitStack()
+        self._writers: dict[Split, ShardWriter] = {}
+        self._finished: dict[str, ShardInfo] = {}
+        self._num_begun = 0
+
+    def writer(self, split: Split) -> ShardWriter:
+        """The shard for the next document of a split."""
+        writer = self._writers.get(split)
+        if writer is not None and writer.num_tokens >= self._shard_tokens:
+            self._close(split)
+        if split not in self._writers:
+            name = f"shard-{self._num_begun:05d}"
+            writer = ShardWriter(self._folder, name, self._source, split)
+            self._writers[split] = self._stack.enter_context(writer)
+            self._num_begun += 1
+        return self._writers[split]
+
+    def finish(self) -> tuple[ShardInfo, ...]:
+        """Close all shards; those that got no document leave no trace."""
+        for split in list(self._writers):
+            self._close(split)
+        return tuple(info for _, info in sorted(self._finished.items()))
+
+    def _close(self, split: Split) -> None:
+        writer = self._writers.pop(split)
+        if writer.num_tokens:
+            info = writer.finish()
+            self._finished[info.name] = info
+
+    def __enter__(self) -> "UnitShards":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def split_of(text: bytes, heldout_fraction: float) -> Split:
+    """The split of a document: a function of its text, so that exact copies share one.
+
+    Args:
+        text: the cleaned text as UTF-8.
+        heldout_fraction: share of the documents that is held out.
+
+    Returns:
+        `heldout` if the first 8 bytes of BLAKE2b(text), as a fraction of 2^64, lie below it.
+    """
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    is_heldout = int.from_bytes(digest, "big") < heldout_fraction * 2.0**64
+    return "heldout" if is_heldout else "train"
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer.load(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hash_blocks(file)[0]

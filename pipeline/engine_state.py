@@ -1,0 +1,281 @@
+"""What a DeepSpeed engine owns on this rank, as named slices; the canonical form of a checkpoint.
+
+Every ZeRO stage keeps fp32 weights and Adam's averages in its own flat layout. Here they all become
+slices of parameters: (name, kind, first element, values). Slices are written to one safetensors
+file a rank, hold nothing that executes, and fit any other world size or stage, because a reader
+asks for elements of a parameter and not for the flat buffer of a rank.
+
+    stage 0      parameters and their Adam state are whole on every rank; rank 0 writes them
+    stages 1, 2  fragments that DeepSpeed links to each parameter (`_hp_mapping`)
+    stage 3      one contiguous run of every parameter a rank
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from data_prep.errors import CorruptError
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class StateSlice(NamedTuple):
+    """Consecutive elements of one parameter that this rank is responsible for."""
+
+    name: str
+    start: int
+    tensors: dict[str, torch.Tensor]
+    """kind -> flat view into the optimizer's storage; writing to it changes the engine's state."""
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Find the client optimizer behind DeepSpeed's wrapper.
+
+    Args:
+        engine: A DeepSpeed engine.
+
+    Returns:
+        The optimizer that was handed to it.
+    """
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _flat_partitions(engine: Any) -> list[torch.Tensor]:
+    """List the fp32 tensors that the inner optimizer updates on this rank."""
+    for attribute in (
+        "fp32_partitioned_groups_flat",  # stage 3
+        "single_partition_of_fp32_groups",  # stages 1 and 2
+        "fp32_groups_flat_partition",  # stage 1 with bf16 weights and fp32 accumulation
+    ):
+        if hasattr(engine.optimizer, attribute):
+            return list(getattr(engine.optimizer, attribute))
+    return [p for p in engine.module.parameters() if p.requires_grad]
+
+
+def _ensure_moments(engine: Any) -> None:
+    """Create Adam's state where no step has been taken yet, as the optimizer itself would."""
+    inner = inner_optimizer(engine)
+    on_device = any(g.get("fused") or g.get("capturable") for g in inner.param_groups)
+    for flat in _flat_partitions(engine):
+        state = inner.state[flat]
+        if "exp_avg" in state:
+            continue
+        # DeepSpeed's CPU Adam counts in a Python int, torch's Adam in a tensor.
+        counts_in_int = hasattr(inner, "ds_opt_adam")
+        device = flat.device if on_device else torch.device("cpu")
+        state["step"] = 0 if counts_in_int else torch.zeros((), device=device)
+        state["exp_avg"] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+
+
+def local_slices(engine: Any, rank: int) -> Iterator[StateSlice]:
+    """List the state that this rank writes and reads.
+
+    Args:
+        engine: A DeepSpeed engine at a step boundary.
+        rank: This process's data-parallel rank.
+
+    Yields:
+        Slices in parameter order; over all ranks they cover every element exactly once.
+    """
+    _ensure_moments(engine)
+    inner = inner_optimizer(engine)
+    for name, parameter in engine.module.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            start = rank * parameter.ds_tensor.ds_numel
+            count = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
+            if count > 0:
+                yield StateSlice(name, start, _stage3_tensors(engine, parameter, count))
+        elif hasattr(parameter, "_hp_mapping"):
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                # Not by DeepSpeed's own links to Adam's state: with two parameter groups it makes
+                # them after the first group's first step, when the second has no state yet.
+                flat = _flat_partitions(engine)[mapping.param_group_index]
+                address = mapping.hp_fragment_address
+                tensors = _narrowed(inner, flat, address.start, address.numel)
+                yield StateSlice(name, mapping.lp_fragment_address.start, tensors)
+        elif rank == 0:
+            state = inner.state[parameter]
+            tensors = {kind: state[kind].view(-1) for kind in MOMENTS}
+            yield StateSlice(name, 0, {WEIGHT: parameter.data.view(-1), **tensors})
+
+
+def _stage3_tensors(engine: Any, parameter: Any, count: int) -> dict[str, torch.Tensor]:
+    """View one parameter's run in the flat sub-group that holds it, without its padding."""
+    zero = engine.optimizer
+    group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+    return _narrowed(zero.optimizer, zero.fp32_partitioned_groups_flat[group], offset, count)
+
+
+def _narrowed(
+    inner: torch.optim.Optimizer, flat: torch.Tensor, offset: int, count: int
+) -> dict[str, torch.Tensor]:
+    """View a run of a flat fp32 tensor and of its averages."""
+    sources = {WEIGHT: flat, **{kind: inner.state[flat][kind] for kind in MOMENTS}}
+    return {kind: tensor.detach().narrow(0, offset, count) for kind, tensor in sources.items()}
+
+
+def scalar_state(engine: Any) -> dict[str, Any]:
+    """Collect what is not a slice: Adam's step and the loss scaler of fp16.
+
+    Args:
+        engine: A DeepSpeed engine at a step boundary.
+
+    Returns:
+        JSON-ready values, equal on all ranks.
+    """
+    _ensure_moments(engine)
+    inner = inner_optimizer(engine)
+    steps = {int(inner.state[flat]["step"]) for flat in _flat_partitions(engine)}
+    assert len(steps) <= 1, f"parameters disagree about Adam's step: {sorted(steps)}"
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    fields = {k: getattr(scaler, k) for k in _LOSS_SCALER_FIELDS if hasattr(scaler, k)}
+    return {"adam_step": steps.pop() if steps else 0, "loss_scaler": fields}
+
+
+def write_state(engine: Any, rank: int, file: Path) -> None:
+    """Write this rank's slices to one safetensors file.
+
+    Args:
+        engine: A DeepSpeed engine at a step boundary.
+        rank: This process's data-parallel rank.
+        file: Where to; its folder exists.
+    """
+    tensors, starts = {}, {}
+    for part in local_slices(engine, rank):
+        starts[part.name] = part.start
+        for kind, values in part.tensors.items():
+            # safetensors refuses views that share storage; the copy is also the snapshot.
+            tensors[f"{kind}/{part.name}"] = values.detach().to("cpu", copy=True)
+    save_file(tensors, file, metadata={"starts": json.dumps(starts)})
+
+
+class StateReader:
+    """Reads any run of elements of any parameter from one network's folder of a commit."""
+
+    def __init__(self, folder: Path) -> None:
+        """Index the headers of the rank files.
+
+        Args:
+            folder: `.../step-00010000/generator` or `discriminator`.
+        """
+        self._folder = folder
+        self._parts: dict[str, list[tuple[int, int, Path]]] = {}
+        self._open: dict[Path, Any] = {}
+        for path in sorted(folder.glob("rank-*.safetensors")):
+            handle = safe_open(path, framework="pt")
+            self._open[path] = handle
+            for name, start in json.loads(handle.metadata()["starts"]).items():
+                (count,) = handle.get_slice(f"{WEIGHT}/{name}").get_shape()
+                self._parts.setdefault(name, []).append((start, count, path))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all parameters, sorted."""
+        return sorted(self._parts)
+
+    def read(self, name: str, kind: str, start: int, count: int) -> torch.Tensor:
+        """Read consecutive elements.
+
+        Args:
+            name: Parameter.
+            kind: "weight", "exp_avg" or "exp_avg_sq".
+            start: First element.
+            count: How many.
+
+        Returns:
+            fp32 [count] on the CPU.
+
+        Raises:
+            CorruptError: The files do not hold all of these elements.
+        """
+        result = torch.empty(count)
+        filled = 0
+        for part_start, part_count, path in self._parts.get(name, []):
+            first, last = max(start, part_start), min(start + count, part_start + part_count)
+            if first < last:
+                values = self._open[path].get_slice(f"{kind}/{name}")
+                result[first - start : last - start] = values[
+                    first - part_start : last - part_start
+                ]
+                filled += last - first
+        if filled != count:
+            raise CorruptError(
+                f"{self._folder}: elements {start} to {start + count} of {name} are not all there "
+                f"({filled} of {count}); use another commit"
+            )
+        return result
+
+    def weights(self, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+        """Read whole weights.
+
+        Args:
+            shapes: Parameter name -> shape.
+
+        Returns:
+            name -> fp32 tensor of that shape.
+
+        Raises:
+            CorruptError: Names or sizes differ from what is stored.
+        """
+        if set(shapes) != set(self._parts):
+            odd = sorted(set(shapes) ^ set(self._parts))
+            raise CorruptError(
+                f"{self._folder}: parameters differ from the model's: {', '.join(odd[:5])}; "
+                "the checkpoint belongs to another configuration"
+            )
+        return {
+            name: self.read(name, WEIGHT, 0, shape.numel()).view(shape)
+            for name, shape in shapes.items()
+        }
+
+
+def restore_state(engine: Any, rank: int, reader: StateReader, scalars: dict[str, Any]) -> None:
+    """Put a network's optimizer state back, whatever layout it was written from.
+
+    The module's own weights must have been loaded before the engine was made; here the fp32
+    masters behind them, Adam's averages and counters and the loss scaler follow.
+
+    Args:
+        engine: A DeepSpeed engine that has taken no step.
+        rank: This process's data-parallel rank.
+        reader: The network's state.
+        scalars: What `scalar_state` returned.
+    """
+    for part in local_slices(engine, rank):
+        for kind, values in part.tensors.items():
+            values.copy_(reader.read(part.name, kind, part.start, values.numel()))
+    if _is_replicated(engine) and rank != 0:
+        _restore_replica(engine, reader)
+    inner = inner_optimizer(engine)
+    for flat in _flat_partitions(engine):
+        state = inner.state[flat]
+        if torch.is_tensor(state["step"]):
+            state["step"].fill_(scalars["adam_step"])
+        else:
+            state["step"] = scalars["adam_step"]
+    for field, value in scalars["loss_scaler"].items():
+        setattr(engine.optimizer.loss_scaler, field, value)
+
+
+def _is_replicated(engine: Any) -> bool:
+    """Whether every rank holds the whole state (stage 0)."""
+    return engine.zero_optimization_stage() == 0
+
+
+def _restore_replica(engine: Any, reader: StateReader) -> None:
+    """Fill the state of a rank that writes none but holds all."""
+    inner = inner_optimizer(engine)
+    for name, parameter in engine.module.named_parameters():
+        for kind in MOMENTS:
+            values = reader.read(name, kind, 0, parameter.numel())
+            inner.state[parameter][kind].copy_(values.view(parameter.shape))
+        parameter.data.copy_(reader.read(name, WEIGHT, 0, parameter.numel()).view(parameter.shape))

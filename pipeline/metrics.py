@@ -1,0 +1,187 @@
+"""Training's numbers: summed on the device, reduced once a step, written once an interval.
+
+    1. A step adds its sums (losses, hits, counts) to one fp64 vector on the device.
+    2. `StepSums.reduce` adds the vectors of all ranks; every rank then holds the same totals.
+    3. `IntervalSums` accumulates totals until a row is due; a commit carries what is accumulated,
+       so that a resumed run writes the same row.
+    4. `MetricsWriter` writes a row to metrics.jsonl and TensorBoard under the same names.
+
+A logged loss is global sum / global count over the interval, without lambda.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+FIELDS = (
+    "mlm_loss_sum",
+    "mlm_correct",
+    "masked_tokens",
+    "rtd_loss_sum",
+    "rtd_correct_replaced",
+    "replaced_tokens",
+    "rtd_correct_original",
+    "original_tokens",
+    "tokens",
+)
+_INDEX = {name: position for position, name in enumerate(FIELDS)}
+
+
+class StepSums:
+    """Sums of one optimizer step, on the device; nothing here waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start from zero.
+
+        Args:
+            device: Where the losses live.
+        """
+        self.vector = torch.zeros(len(FIELDS), dtype=torch.float64, device=device)
+
+    def add(self, **sums: torch.Tensor) -> None:
+        """Add scalars under their names.
+
+        Args:
+            **sums: 0-dimensional tensors by field name.
+        """
+        for name, value in sums.items():
+            self.vector[_INDEX[name]] += value.detach().double()
+
+    def add_discriminator(
+        self, logits_BL: torch.Tensor, is_replaced_BL: torch.Tensor, is_token_BL: torch.Tensor
+    ) -> None:
+        """Count the discriminator's hits on replaced and on original tokens.
+
+        Args:
+            logits_BL: fp32 [B, L]; positive means "replaced".
+            is_replaced_BL: bool [B, L].
+            is_token_BL: bool [B, L], False on padding.
+        """
+        says_replaced_BL = logits_BL > 0
+        original_BL = is_token_BL & ~is_replaced_BL
+        self.add(
+            rtd_correct_replaced=(says_replaced_BL & is_replaced_BL).sum(),
+            replaced_tokens=is_replaced_BL.sum(),
+            rtd_correct_original=(~says_replaced_BL & original_BL).sum(),
+            original_tokens=original_BL.sum(),
+            tokens=is_token_BL.sum(),
+        )
+
+    def reduce(self) -> torch.Tensor:
+        """Add over all ranks.
+
+        Returns:
+            fp64 vector in the order of FIELDS, on the device.
+        """
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.vector)
+        return self.vector
+
+
+def ratios(vector: torch.Tensor, prefix: str) -> dict[str, float]:
+    """Turn global sums into the figures that people read.
+
+    Args:
+        vector: fp64 vector in the order of FIELDS.
+        prefix: "train" or "eval".
+
+    Returns:
+        name -> value; a ratio over nothing is left out.
+    """
+    sums = dict(zip(FIELDS, vector.tolist(), strict=True))
+    pairs = {
+        "mlm_loss": ("mlm_loss_sum", "masked_tokens"),
+        "mlm_accuracy": ("mlm_correct", "masked_tokens"),
+        "rtd_loss": ("rtd_loss_sum", "tokens"),
+        "rtd_accuracy_replaced": ("rtd_correct_replaced", "replaced_tokens"),
+        "rtd_accuracy_original": ("rtd_correct_original", "original_tokens"),
+        "replaced_fraction": ("replaced_tokens", "tokens"),
+    }
+    return {
+        f"{prefix}/{name}": sums[above] / sums[below]
+        for name, (above, below) in pairs.items()
+        if sums[below] > 0
+    }
+
+
+class IntervalSums:
+    """Global sums since the last row; the same on every rank and part of every commit."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start from zero.
+
+        Args:
+            device: Where the step sums live.
+        """
+        self.vector = torch.zeros(len(FIELDS), dtype=torch.float64, device=device)
+
+    def add(self, reduced: torch.Tensor) -> None:
+        """Add a step's global sums.
+
+        Args:
+            reduced: What `StepSums.reduce` returned.
+        """
+        self.vector += reduced
+
+    def take(self) -> dict[str, float]:
+        """Read the figures of the interval and start the next one.
+
+        Returns:
+            The `train/*` figures.
+        """
+        figures = ratios(self.vector, "train")
+        self.vector.zero_()
+        return figures
+
+    def state(self) -> list[str]:
+        """Serialise exactly.
+
+        Returns:
+            One hexadecimal float a field.
+        """
+        return [value.hex() for value in self.vector.tolist()]
+
+    def load_state(self, state: list[str]) -> None:
+        """Continue from a commit.
+
+        Args:
+            state: What `state` returned.
+        """
+        self.vector.copy_(torch.tensor([float.fromhex(v) for v in state], dtype=torch.float64))
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl and TensorBoard; rank 0 only."""
+
+    def __init__(self, metrics: Path, tensorboard: Path, purge_step: int) -> None:
+        """Open both.
+
+        Args:
+            metrics: The jsonl file; rows are appended.
+            tensorboard: Folder of event files.
+            purge_step: TensorBoard hides earlier rows from this step on.
+        """
+        from torch.utils.tensorboard import SummaryWriter  # costs a second to import
+
+        self._file = metrics.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(tensorboard), purge_step=purge_step)
+
+    def write(self, step: int, figures: dict[str, Any]) -> None:
+        """Write one row.
+
+        Args:
+            step: Completed optimizer steps.
+            figures: name -> number.
+        """
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.flush()
+        for name, value in figures.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._tensorboard.close()

@@ -1,0 +1,1 @@
+"""The two networks of replaced token detection, from attention up to losses."""

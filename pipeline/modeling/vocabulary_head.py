@@ -1,0 +1,174 @@
+"""Cross entropy, draw and accuracy over the whole vocabulary, a chunk of ids at a time.
+
+With 128,100 ids the logits of a micro batch would be its largest tensor. Here they exist for
+`CHUNK_IDS` ids at once: the forward pass keeps running maxima and a running log-sum-exp, and the
+backward pass computes each chunk's logits again. Products of half precision inputs are accumulated
+and kept in fp32: rounding a logit to bf16 would move a loss of 10 by up to 0.03.
+
+Letters: B sequences, K masked slots per sequence, N = B K slots, C ids of a chunk, D hidden size,
+V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from pipeline.rtd import DrawKey, gumbel_noise
+
+CHUNK_IDS = 16_384
+"""Ids of one chunk, a multiple of 4: 80 MB of fp32 logits for 16 sequences of 512 tokens."""
+
+
+class VocabularyOutput(NamedTuple):
+    """What the generator's head reports of a micro batch."""
+
+    loss_sum: torch.Tensor
+    """Scalar, fp32 (fp64 in an fp64 model): sum of cross entropies over valid slots, in nats."""
+    drawn_BK: torch.Tensor
+    """int64 [B, K]: one draw from softmax(logits / temperature) for each slot."""
+    correct_sum: torch.Tensor
+    """Scalar, fp32: valid slots whose most probable id is the target."""
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of logits and losses: fp32, or fp64 in an fp64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Multiply matrices into fp32 at least, on matrix units where the device has them."""
+    wide = _wide(left.dtype)
+    if left.is_cuda and left.dtype != wide:
+        return torch.mm(left, right, out_dtype=wide)
+    return left.to(wide) @ right.to(wide)
+
+
+def _chunks(
+    hidden_ND: torch.Tensor, table_VD: torch.Tensor, bias_V: torch.Tensor, chunk_ids: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the first id and the logits [N, C] of each chunk."""
+    for first in range(0, table_VD.shape[0], chunk_ids):
+        rows_CD = table_VD[first : first + chunk_ids]
+        logits_NC = _product(hidden_ND, rows_CD.mT)
+        yield first, logits_NC.add_(bias_V[first : first + chunk_ids])
+
+
+class _Best:
+    """Running argmax over chunks; ties go to the lowest id."""
+
+    def __init__(self, like_N: torch.Tensor) -> None:
+        self.value_N = torch.full_like(like_N, -torch.inf)
+        # A row of NaN never wins; it keeps an id that is safe to look up.
+        self.id_N = torch.zeros_like(like_N, dtype=torch.int64)
+
+    def update(self, first: int, scores_NC: torch.Tensor) -> None:
+        value_N, offset_N = scores_NC.max(dim=1)
+        wins_N = value_N > self.value_N
+        self.value_N = torch.where(wins_N, value_N, self.value_N)
+        self.id_N = torch.where(wins_N, offset_N + first, self.id_N)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy, with the draws and the argmax as by-products."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden_ND: torch.Tensor,
+        table_VD: torch.Tensor,
+        bias_V: torch.Tensor,
+        valid_BK: torch.Tensor,
+        targets_BK: torch.Tensor,
+        positions_BK: torch.Tensor,
+        draw: DrawKey,
+        chunk_ids: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        valid_N, targets_N = valid_BK.flatten(), targets_BK.flatten()
+        zero_N = hidden_ND.new_zeros(hidden_ND.shape[0], dtype=_wide(hidden_ND.dtype))
+        # The sum of exponentials is kept relative to the running maximum, not as its logarithm:
+        # a logarithm of 10 would carry a rounding of 1e-6 into every gradient.
+        max_N, sum_N, target_logit_N = torch.full_like(zero_N, -torch.inf), zero_N, zero_N
+        best, drawn = _Best(zero_N), _Best(zero_N)
+        for first, logits_NC in _chunks(hidden_ND, table_VD, bias_V, chunk_ids):
+            size = logits_NC.shape[1]
+            old_max_N, max_N = max_N, torch.maximum(max_N, logits_NC.amax(dim=1))
+            sum_here_N = (logits_NC - max_N[:, None]).exp_().sum(dim=1)
+            sum_N = sum_N * (old_max_N - max_N).exp() + sum_here_N
+            offset_N = targets_N - first
+            is_here_N = (offset_N >= 0) & (offset_N < size)
+            here_N = logits_NC.gather(1, offset_N.clamp(0, size - 1)[:, None])[:, 0]
+            target_logit_N = torch.where(is_here_N, here_N, target_logit_N)
+            best.update(first, logits_NC)
+            noise_BKC = gumbel_noise(draw.sample_words_B2, positions_BK, first, size, draw.key)
+            drawn.update(first, logits_NC.div_(draw.temperature).add_(noise_BKC.flatten(0, 1)))
+        ctx.chunk_ids = chunk_ids
+        ctx.save_for_backward(hidden_ND, table_VD, bias_V, valid_N, targets_N, max_N, sum_N)
+        loss_sum = torch.where(valid_N, sum_N.log() + (max_N - target_logit_N), 0.0).sum()
+        correct_sum = (valid_N & (best.id_N == targets_N)).sum().float()
+        drawn_BK = drawn.id_N.view(valid_BK.shape)
+        ctx.mark_non_differentiable(drawn_BK, correct_sum)
+        return loss_sum, drawn_BK, correct_sum
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor):
+        hidden_ND, table_VD, bias_V, valid_N, targets_N, max_N, sum_N = ctx.saved_tensors
+        weight_N = torch.where(valid_N, grads[0], 0.0)
+        d_hidden_ND = hidden_ND.new_zeros(hidden_ND.shape, dtype=_wide(hidden_ND.dtype))
+        d_table_VD, d_bias_V = torch.empty_like(table_VD), torch.empty_like(bias_V)
+        row_N = torch.arange(targets_N.shape[0], device=targets_N.device)
+        for first, logits_NC in _chunks(hidden_ND, table_VD, bias_V, ctx.chunk_ids):
+            ids = slice(first, first + logits_NC.shape[1])
+            d_logits_NC = logits_NC.sub_(max_N[:, None]).exp_().mul_((weight_N / sum_N)[:, None])
+            offset_N = targets_N - first
+            is_here_N = (offset_N >= 0) & (offset_N < logits_NC.shape[1])
+            # One column a row: the subtraction of the one-hot target needs no accumulation.
+            column_N = offset_N.clamp(0, logits_NC.shape[1] - 1)
+            d_logits_NC[row_N, column_N] -= torch.where(is_here_N, weight_N, 0.0)
+            d_bias_V[ids] = d_logits_NC.sum(0)
+            d_logits_NC = d_logits_NC.to(table_VD.dtype)
+            d_hidden_ND += _product(d_logits_NC, table_VD[ids])
+            d_table_VD[ids] = _product(d_logits_NC.mT, hidden_ND)
+        d_hidden_ND = d_hidden_ND.to(hidden_ND.dtype)
+        return d_hidden_ND, d_table_VD, d_bias_V, None, None, None, None, None
+
+
+def vocabulary_head(
+    hidden_BKD: torch.Tensor,
+    table_VD: torch.Tensor,
+    bias_V: torch.Tensor,
+    valid_BK: torch.Tensor,
+    targets_BK: torch.Tensor,
+    positions_BK: torch.Tensor,
+    draw: DrawKey,
+    chunk_ids: int = CHUNK_IDS,
+) -> VocabularyOutput:
+    """Score hidden states against the word table: loss, draw and accuracy in one sweep.
+
+    Draws are Gumbel-argmax, the lowest id at a tie, with `rtd.gumbel_noise`; they use the logits
+    of the loss, which is the order of the released code (`rtd_task.py`, make_electra_data).
+
+    Args:
+        hidden_BKD: [B, K, D], after the head's transformation.
+        table_VD: [V, D], the tied word embeddings.
+        bias_V: [V].
+        valid_BK: bool [B, K]; False slots count nothing and get no gradient.
+        targets_BK: int64 [B, K].
+        positions_BK: int64 [B, K], which key the noise.
+        draw: Stream, samples and temperature of the draws.
+        chunk_ids: Ids of one chunk, a multiple of 4; results differ in rounding only.
+
+    Returns:
+        Loss sum, draws and correct predictions; only the loss has a gradient.
+    """
+    loss_sum, drawn_BK, correct_sum = _ChunkedCrossEntropy.apply(
+        hidden_BKD.flatten(0, 1),
+        table_VD,
+        bias_V,
+        valid_BK,
+        targets_BK,
+        positions_BK,
+        draw,
+        chunk_ids,
+    )
+    return VocabularyOutput(loss_sum, drawn_BK, correct_sum)

@@ -1,0 +1,174 @@
+"""The run folder: who uses it, how the run stands, and every number it has printed.
+
+    runs/NAME/config.resolved.json   the whole configuration; repeats the run
+    runs/NAME/environment.json       versions and hardware of the last start
+    runs/NAME/state.json             how the run stands: status, step, reason
+    runs/NAME/restarts.jsonl         one line a start: when, from which commit
+    runs/NAME/metrics.jsonl          one object a logged step, floats in full precision
+    runs/NAME/tensorboard/           the same numbers
+    runs/NAME/logs/rank-00000.log    one log a rank
+    runs/NAME/checkpoints/           commits (`pipeline.checkpoint`)
+
+Files that others read are replaced atomically; `metrics.jsonl` is append-only between resumes.
+"""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from data_prep.errors import UserError
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a power cut, finds the old text or the new.
+
+    Args:
+        path: File to replace.
+        text: Its new contents.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable.
+
+    Args:
+        folder: The folder whose entries changed.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's contents durable.
+
+    Args:
+        path: A file that has been written and closed.
+    """
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def to_json(value: Any) -> str:
+    """Serialise with sorted keys, two spaces and a newline at the end.
+
+    Args:
+        value: JSON-ready data.
+
+    Returns:
+        The text.
+    """
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+class RunFolder:
+    """One run's folder; only rank 0 writes through it."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder without touching it.
+
+        Args:
+            path: `run.folder` of the configuration.
+        """
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self._lock = FileLock(path / ".lock")
+
+    def acquire(self) -> None:
+        """Create the folder and keep others out for as long as this process lives.
+
+        Raises:
+            UserError: Another process trains in this folder; the message says which.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run.folder {self.path}: cannot be created ({error.strerror})"
+            ) from error
+        holder = self.path / ".holder.json"
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            who = holder.read_text().strip() if holder.exists() else "unknown"
+            raise UserError(
+                f"run.folder {self.path} is in use by {who}: wait for that run, stop it, or choose "
+                "another run.folder"
+            ) from error
+        job = {"host": socket.gethostname(), "pid": os.getpid()}
+        holder.write_text(json.dumps(job) + "\n")
+
+    def release(self) -> None:
+        """Let others in."""
+        self._lock.release()
+
+    def write_status(self, status: str, step: int | None, reason: str = "") -> None:
+        """Replace state.json, which job scripts decide by.
+
+        Args:
+            status: running, stopped, done, hang, diverged or corrupt.
+            step: Completed optimizer steps that are safe in a commit; None keeps the last one.
+            reason: One sentence for people.
+        """
+        if step is None:
+            state = self.path / "state.json"
+            step = json.loads(state.read_text())["step"] if state.exists() else 0
+        value = {"status": status, "step": step, "reason": reason}
+        write_durably(self.path / "state.json", to_json(value))
+
+    def note_restart(self, step: int, world_size: int, notes: list[str]) -> None:
+        """Append a line to restarts.jsonl.
+
+        Args:
+            step: Step of the commit that is continued; 0 for a new run.
+            world_size: Number of ranks.
+            notes: What is different from the previous start.
+        """
+        value = {
+            "unix_seconds": time.time(),
+            "step": step,
+            "world_size": world_size,
+            "notes": notes,
+        }
+        with (self.path / "restarts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(value) + "\n")
+
+    def cut_metrics(self, step: int) -> int:
+        """Drop the rows that a resumed run will write again.
+
+        Args:
+            step: Step of the commit that is continued.
+
+        Returns:
+            How many rows were dropped, a torn last line included.
+        """
+        if not self.metrics.exists():
+            return 0
+        kept, dropped = [], 0
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                keep = json.loads(line)["step"] <= step
+            except (ValueError, KeyError):
+                keep = False
+            if keep:
+                kept.append(line + "\n")
+            else:
+                dropped += 1
+        if dropped:
+            write_durably(self.metrics, "".join(kept))
+        return dropped

@@ -1,0 +1,256 @@
+"""The process in its world: ranks, device, process group, threads, signals and logging.
+
+    World.from_environment   ranks from torchrun, the deepspeed launcher, MPI, or none of them
+    start_world              the process group, a CPU group for control, pinned threads
+    StopSignal               SIGTERM, SIGUSR1, SIGINT set a flag; ranks agree on it once a step
+    environment              versions and hardware, compared when a run resumes
+    configure_logging        rank 0 to the terminal, every rank to logs/rank-NNNNN.log
+
+`os.environ` is read here and nowhere else in the pipeline.
+"""
+
+import importlib.metadata
+import logging
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_prep.errors import UserError
+
+SECOND_SIGNAL_SECONDS = 3.0
+_MPI_RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among its peers."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """Read the launcher's variables, or ask MPI where only MPI knows.
+
+        Returns:
+            The world; of one process where nothing launched us.
+
+        Raises:
+            UserError: The launcher's variables are incomplete, or mpi4py is missing under mpirun.
+        """
+        if "RANK" not in os.environ and any(name in os.environ for name in _MPI_RANK_VARIABLES):
+            _export_mpi_ranks()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in names if name not in os.environ]
+        if len(missing) == len(names) or "RANK" not in os.environ:
+            rank, local_rank, world_size = 0, 0, 1
+        elif missing:
+            raise UserError(
+                f"RANK is set but {', '.join(missing)} is not: start training with `deepspeed`, "
+                "`torchrun` or `mpirun`, or unset RANK to train in one process"
+            )
+        else:
+            rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+            world_size = int(os.environ["WORLD_SIZE"])
+        return cls(rank, local_rank, world_size, _device(local_rank))
+
+
+def _device(local_rank: int) -> torch.device:
+    """Choose the GPU of this rank, or the CPU where there is none or the user asks for it."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # With one visible GPU a task (srun --gpus-per-task) the only index is 0.
+    index = local_rank if torch.cuda.device_count() > local_rank else 0
+    return torch.device("cuda", index)
+
+
+def _export_mpi_ranks() -> None:
+    """Agree over MPI on ranks and on a rendezvous that rank 0 proposes."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise UserError(
+            "started by mpirun, but mpi4py is not installed: pip install 'deberta-pretrain[mpi]'"
+        ) from error
+    comm = MPI.COMM_WORLD
+    proposal = None
+    if comm.Get_rank() == 0:
+        host = socket.gethostname() if _spans_hosts(comm) else "127.0.0.1"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            proposal = (host, probe.getsockname()[1])
+    else:
+        _spans_hosts(comm)
+    address, port = comm.bcast(proposal, root=0)
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+    os.environ.update(
+        RANK=str(comm.Get_rank()),
+        WORLD_SIZE=str(comm.Get_size()),
+        LOCAL_RANK=str(local),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+
+
+def _spans_hosts(comm: object) -> bool:
+    """Ask all MPI ranks whether they run on several hosts; a collective."""
+    return len(set(comm.allgather(socket.gethostname()))) > 1  # type: ignore[attr-defined]
+
+
+def start_world(world: World, num_threads: int | None = None) -> dist.ProcessGroup:
+    """Join the process group and pin what must not vary between restarts.
+
+    Args:
+        world: This process's place.
+        num_threads: CPU threads of torch; as torch finds them where None.
+
+    Returns:
+        The control group: gloo on every device, so that agreeing never waits for a GPU.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    # Children of DeepSpeed (its C++ builds, its accelerator probe) must agree about the device.
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    backend = "gloo"
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+        backend = "nccl"
+    if world.world_size == 1 and "RANK" not in os.environ:
+        # A store in memory needs no port; DeepSpeed still looks for the launcher's variables.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    group = dist.group.WORLD
+    assert group is not None
+    return group if backend == "gloo" else dist.new_group(backend="gloo")
+
+
+def use_deterministic_kernels() -> None:
+    """Make torch refuse operations whose result depends on scheduling."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Filling every new buffer with NaN would write DeepSpeed's 2 GB buckets in every micro step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+
+
+def environment() -> dict[str, str]:
+    """Collect what a bit-exact resume depends on, and where this start runs.
+
+    Returns:
+        package -> version, then machine, threads and job.
+    """
+    packages = ("torch", "deepspeed", "numpy", "safetensors", "deberta-pretrain")
+    return {
+        **{name: importlib.metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "host": socket.gethostname(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
+    }
+
+
+class StopSignal:
+    """A request to stop that reaches one rank and that all ranks act on in the same step.
+
+    The handler only sets a flag: a rank inside a collective could not do more. A second signal at
+    least three seconds after the first ends the process at once (launchers often send two).
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, control_group: dist.ProcessGroup | None) -> None:
+        """Keep the group in which ranks agree.
+
+        Args:
+            control_group: A gloo group of all ranks; None for a single process.
+        """
+        self._group = control_group
+        self._first_seconds: float | None = None
+        self.name = ""
+
+    def install(self) -> None:
+        """Take over the signals; only the main thread may."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: types.FrameType | None) -> None:
+        now = time.monotonic()
+        if self._first_seconds is None:
+            self._first_seconds = now
+            self.name = signal.Signals(number).name
+        elif now - self._first_seconds >= SECOND_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+    @property
+    def received(self) -> bool:
+        """Whether this rank has been asked to stop."""
+        return self._first_seconds is not None
+
+    def agreed(self) -> bool:
+        """Ask all ranks whether any of them has been asked to stop; a collective.
+
+        Returns:
+            The same answer on every rank.
+        """
+        if self._group is None or self._group.size() == 1:
+            return self.received
+        flag = torch.tensor([int(self.received)])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())
+
+
+class _RankFormatter(logging.Formatter):
+    """Adds the rank to every line of a log file."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s")
+
+
+def configure_logging(rank: int, folder: Path | None) -> None:
+    """Send messages to the terminal on rank 0 and to a file on every rank.
+
+    Args:
+        rank: This process's rank.
+        folder: Run folder; None logs to the terminal alone.
+    """
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(logging.INFO)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    terminal.setLevel(logging.WARNING if rank == 0 else logging.ERROR)
+    root.addHandler(terminal)
+    if folder is not None:
+        path = folder / "logs" / f"rank-{rank:05d}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path)
+        file.setFormatter(_RankFormatter(rank))
+        root.addHandler(file)

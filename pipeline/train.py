@@ -1,0 +1,251 @@
+"""Training as launchers start it: a flat command, one process a rank.
+
+    deberta train --config PRESET --deepspeed_config JSON [section.key=value ...]
+    deepspeed --module pipeline.train --config PRESET --deepspeed_config JSON [...]
+    torchrun --nproc_per_node 8 -m pipeline.train --config PRESET --deepspeed_config JSON [...]
+    mpirun -n 8 python -m pipeline.train --config PRESET --deepspeed_config JSON [...]
+
+Everything that can be wrong in the configuration, the data and the run folder is said before a
+model is built. Exit codes: 0 done, 2 usage or configuration, 75 stopped on request after a commit,
+87 diverged, 88 corrupt data or checkpoint; `state.json` in the run folder says the same.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from data_prep.errors import EXIT_CORRUPT, EXIT_DIVERGED, EXIT_STOPPED, UserError
+from pipeline.config import RunConfig
+from pipeline.config_loading import load_run_config, require_data_path
+from pipeline.ds_config import DeepSpeedConfig, check_device, combine_checks, load_deepspeed_config
+
+if TYPE_CHECKING:
+    from pipeline.assemble import Session
+
+EXAMPLE = """example:
+  deberta train --config deberta_v3_base --deepspeed_config ds_configs/zero1_bf16.json \\
+      data.path=DATASET run.folder=runs/base schedule.max_steps=500_000
+"""
+_STATUS = {EXIT_DIVERGED: "diverged", EXIT_CORRUPT: "corrupt"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are ours: one message, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n{EXAMPLE}")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line of a rank.
+
+    Args:
+        argv: Words after the program's name.
+
+    Returns:
+        config, deepspeed_config, overrides, dry_run, world_size.
+
+    Raises:
+        UserError: Unknown flags, or a required one is missing.
+    """
+    parser = _Parser(
+        prog="deberta train",
+        description="Pre-train a DeBERTaV3; the same command resumes a run.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", required=True, help="preset name, TOML, or config.resolved.json"
+    )
+    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON, see ds_configs/")
+    parser.add_argument(
+        "--local_rank", type=int, help="given by the deepspeed launcher; not needed"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    parser.add_argument("--world-size", type=int, help="with --dry-run: ranks to plan for")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args(argv)
+    if options.world_size is not None and not options.dry_run:
+        raise UserError("--world-size goes with --dry-run; a launcher sets the number of ranks")
+    if options.world_size is not None and options.world_size < 1:
+        raise UserError(f"--world-size {options.world_size}: give a number of ranks, 1 or more")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit with its code.
+
+    Args:
+        argv: Words after the program's name; the process's own where None.
+    """
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: Words after the program's name.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        options = parse(argv)
+        config = load_run_config(options.config, options.overrides)
+        ds = load_deepspeed_config(options.deepspeed_config)
+        if options.dry_run:
+            return dry_run(config, ds, options.world_size or 1)
+        require_data_path(config)
+    except UserError as error:
+        return _report(error)
+    return _train(config, ds)
+
+
+def _report(error: UserError, *, everywhere: bool = False) -> int:
+    """Say what is wrong once, not once a rank, unless only one rank may know it."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or everywhere:
+        where = f"rank {rank}: " if rank else ""
+        print(f"{where}error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def dry_run(config: RunConfig, ds: DeepSpeedConfig, world_size: int) -> int:
+    """Check a run and print what it would be, without a device, a world or a write.
+
+    Args:
+        config: The run.
+        ds: The DeepSpeed JSON.
+        world_size: Ranks to plan for.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: Something does not fit.
+    """
+    import torch
+
+    from pipeline.assemble import open_data
+    from pipeline.banner import count_parameters, memory_line
+    from pipeline.modeling.networks import Discriminator, Generator
+
+    plan = ds.batch_plan(world_size)
+    lines = []
+    if config.data.path:
+        data = open_data(config)
+        epochs = config.schedule.max_steps * plan.train_batch_size / data.train.num_sequences
+        lines.append(f"data: {data.train.num_tokens:,} training tokens, {epochs:.3g} epochs")
+    with torch.device("meta"):
+        generator = count_parameters(Generator(config.generator, config.model))
+        discriminator = count_parameters(Discriminator(config.discriminator, config.model))
+    lines += [
+        f"parameters: generator {generator:,}, discriminator {discriminator:,}",
+        *ds.explain(plan, config.data.sequence_length),
+        memory_line(generator + discriminator, ds, world_size),
+        *(f"warning: {text}" for text in combine_checks(config, ds)),
+    ]
+    print("\n".join(lines))
+    return 0
+
+
+def _train(config: RunConfig, ds: DeepSpeedConfig) -> int:
+    """Train as one rank of whatever world launched this process."""
+    _quieten()
+    # Imported after the configuration has been checked: a typo costs no ten seconds.
+    import torch.distributed as dist
+
+    from pipeline.assemble import Session
+    from pipeline.run_folder import RunFolder
+    from pipeline.runtime import (
+        StopSignal,
+        World,
+        configure_logging,
+        start_world,
+        use_deterministic_kernels,
+    )
+
+    folder = RunFolder(Path(config.run.folder))
+    locked = False
+    try:
+        world = World.from_environment()
+        plan = ds.batch_plan(world.world_size)
+        check_device(ds, world.device.type)
+        if world.is_main:
+            folder.acquire()
+            locked = True
+        if config.run.deterministic:
+            use_deterministic_kernels()
+        control_group = start_world(world)
+        stop = StopSignal(control_group)
+        stop.install()
+        configure_logging(world.rank, folder.path)
+        session = Session(config, ds, plan, world, control_group, folder, stop)
+        return _fit(session)
+    except UserError as error:
+        # Any rank may be the one that finds damage; the status must not wait for rank 0.
+        if error.exit_code in _STATUS and folder.path.is_dir():
+            folder.write_status(_STATUS[error.exit_code], None, str(error).splitlines()[0])
+        return _report(error, everywhere=error.exit_code == EXIT_CORRUPT)
+    finally:
+        if locked:
+            folder.release()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _quieten() -> None:
+    """Keep libraries' start-up chatter and deprecations away from the user's terminal."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def _fit(session: "Session") -> int:
+    """Assemble the run, print its banner, train, and leave the final status."""
+    from pipeline.assemble import assemble
+    from pipeline.banner import banner_lines
+
+    assembled = assemble(session)
+    trainer, folder = assembled.trainer, session.folder
+    step = trainer.state.step
+    if session.world.is_main:
+        start = f"continues {assembled.resumed_from.path}" if assembled.resumed_from else "new"
+        facts = {
+            "versions": ", ".join(
+                f"{k} {v}" for k, v in trainer.identity["environment"].items() if v
+            ),
+            "data": assembled.data.describe(),
+        }
+        lines = banner_lines(
+            session.config, session.ds, session.plan, assembled.engines, facts, start
+        )
+        lines += [f"warning: {text}" for text in combine_checks(session.config, session.ds)]
+        lines += [f"note: {text}" for text in assembled.notes]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    outcome = trainer.fit()
+    trainer.close()
+    if outcome == "stopped":
+        if session.world.is_main:
+            folder.write_status("stopped", trainer.state.step, f"{session.stop.name or 'request'}")
+            message = (
+                f"stopped on request; committed step {trainer.state.step}; the same command resumes"
+            )
+            print(message, file=sys.stderr, flush=True)
+        return EXIT_STOPPED
+    if session.world.is_main:
+        folder.write_status("done", trainer.state.step)
+        if step == trainer.state.step:
+            print(f"nothing left to do: {step:,} steps are done", file=sys.stderr, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The training loop and its events: step, row of metrics, evaluation, commit, stop.
+
+`Trainer.fit` is the whole loop. Events happen in a fixed order (row, evaluation, commit), so that a
+commit holds everything that was written up to its step and a resumed run writes the rest again.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.errors import DivergedError
+from pipeline.checkpoint import CheckpointStore, Commit
+from pipeline.config import RunConfig
+from pipeline.data import Prefetcher, TrainBatches
+from pipeline.engine import Engines, StepOutcome, parameter_norm
+from pipeline.engine_state import scalar_state
+from pipeline.metrics import IntervalSums, MetricsWriter
+from pipeline.progress import ProgressDisplay, describe
+from pipeline.run_folder import RunFolder
+from pipeline.runtime import StopSignal, World
+from pipeline.schedule import learning_rate_factor
+from pipeline.step import LearningRates, RTDStep, StepResult
+from pipeline.throughput import Throughput
+
+DELTA_NAME = "deberta.embeddings.word_embeddings._weight"
+"""The discriminator's Delta of gradient-disentangled embedding sharing."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """What a commit stores beside the networks; plain values, equal on all ranks."""
+
+    step: int = 0
+    """Completed optimizer steps."""
+    generator_skipped: int = 0
+    """Steps that the generator refused because a gradient was not finite."""
+    discriminator_skipped: int = 0
+    """Steps that the discriminator refused."""
+    consecutive_skipped: int = 0
+    """Steps in a row in which either network refused."""
+
+    def count(self, generator: StepOutcome, discriminator: StepOutcome) -> None:
+        """Record what the optimizers did.
+
+        Args:
+            generator: Outcome of the generator's step.
+            discriminator: Outcome of the discriminator's step.
+        """
+        self.step += 1
+        self.generator_skipped += not generator.applied
+        self.discriminator_skipped += not discriminator.applied
+        both = generator.applied and discriminator.applied
+        self.consecutive_skipped = 0 if both else self.consecutive_skipped + 1
+
+
+@dataclass
+class Services:
+    """What the loop calls besides the step; the last three exist on rank 0 only."""
+
+    checkpoints: CheckpointStore
+    stop: StopSignal
+    evaluate: Callable[[], dict[str, float] | None]
+    folder: RunFolder
+    metrics: MetricsWriter | None
+    progress: ProgressDisplay | None
+
+
+class Trainer:
+    """Runs optimizer steps until the schedule ends or somebody asks to stop."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engines: Engines,
+        rtd_step: RTDStep,
+        batches: TrainBatches,
+        services: Services,
+        *,
+        world: World,
+        state: TrainState,
+        interval: IntervalSums,
+        identity: dict[str, Any],
+        config_json: str,
+    ) -> None:
+        """Connect the parts.
+
+        Args:
+            config: The run.
+            engines: Both networks.
+            rtd_step: One optimizer step.
+            batches: The data as a function of the step.
+            services: Checkpoints, signals, evaluation and output.
+            world: This process's place.
+            state: Where to start.
+            interval: Sums of the interval that a commit interrupted.
+            identity: What must be the same on resume (data, tokenizer, environment).
+            config_json: The resolved configuration, stored in every commit.
+        """
+        self.config = config
+        self.state = state
+        self._engines = engines
+        self._rtd_step = rtd_step
+        self._batches = batches
+        self._services = services
+        self._world = world
+        self._interval = interval
+        self.identity = identity
+        self._config_json = config_json
+        self._clock = Throughput(config, batches.train_batch_size, world)
+        self._last_commit = state.step
+
+    def fit(self) -> str:
+        """Train; all ranks execute the same statements.
+
+        Returns:
+            "done" or "stopped".
+
+        Raises:
+            DivergedError: Too many steps in a row were not finite.
+            CorruptError: A shard's bytes are not what was written.
+        """
+        max_steps = self.config.schedule.max_steps
+        prefetcher = Prefetcher(self._batches, self.state.step, max_steps)
+        try:
+            while self.state.step < max_steps:
+                with self._clock.waiting_for_data():
+                    micro_batches = prefetcher.next()
+                rates = self.learning_rates()
+                result = self._rtd_step(self.state.step, micro_batches, rates)
+                self.state.count(result.generator, result.discriminator)
+                self._interval.add(result.sums)
+                stopping = self._services.stop.agreed()
+                self._write_row_when_due(result, rates)
+                self._evaluate_when_due(stopping)
+                self._commit_when_due(stopping)
+                self._refuse_divergence()
+                if stopping:
+                    return "stopped"
+            return "done"
+        finally:
+            prefetcher.close()
+
+    def learning_rates(self) -> LearningRates:
+        """Evaluate the schedule at the step that comes next.
+
+        Returns:
+            Learning rates of both networks.
+        """
+        factor = learning_rate_factor(self.state.step, self.config.schedule)
+        optimizer = self.config.optimizer
+        return LearningRates(
+            optimizer.generator_learning_rate * factor,
+            optimizer.discriminator_learning_rate * factor,
+        )
+
+    def _is_due(self, interval_steps: int) -> bool:
+        """Whether an event falls on the step that just ended; the last step has all events."""
+        step = self.state.step
+        last = step == self.config.schedule.max_steps
+        return last or (interval_steps > 0 and step % interval_steps == 0)
+
+    def _write_row_when_due(self, result: StepResult, rates: LearningRates) -> None:
+        services = self._services
+        if services.progress is not None:
+            services.progress.advance(self.state.step)
+        if not self._is_due(self.config.logging.interval_steps):
+            return
+        figures = {
+            **self._interval.take(),
+            "train/delta_norm": parameter_norm(
+                self._engines.discriminator, DELTA_NAME, self._world
+            ),
+            "train/epochs": self._batches.epochs_at(self.state.step),
+            "optim/generator_learning_rate": rates.generator,
+            "optim/discriminator_learning_rate": rates.discriminator,
+            "optim/generator_grad_norm": result.generator.grad_norm,
+            "optim/discriminator_grad_norm": result.discriminator.grad_norm,
+            "optim/generator_skipped_steps": self.state.generator_skipped,
+            "optim/discriminator_skipped_steps": self.state.discriminator_skipped,
+            **self._clock.take(),
+        }
+        if services.metrics is not None and services.progress is not None:
+            services.metrics.write(self.state.step, figures)
+            services.progress.show(self.state.step, figures)
+
+    def _evaluate_when_due(self, stopping: bool) -> None:
+        """Evaluate at intervals and at the end; a request to stop comes first."""
+        if stopping or not self._is_due(self.config.evaluation.interval_steps):
+            return
+        with self._clock.paused():
+            figures = self._services.evaluate()
+        if figures and self._services.metrics is not None and self._services.progress is not None:
+            self._services.metrics.write(self.state.step, figures)
+            shown = describe({k.replace("eval/", "train/"): v for k, v in figures.items()})
+            self._services.progress.say(f"step {self.state.step:,} held-out: {shown}")
+
+    def _commit_when_due(self, stopping: bool) -> None:
+        if stopping or self._is_due(self.config.checkpoint.interval_steps):
+            with self._clock.paused():
+                self.commit()
+
+    def commit(self) -> Commit:
+        """Publish the state of this step boundary; a collective.
+
+        Returns:
+            The commit.
+        """
+        engines = self._engines.items()
+        train_state = {
+            "state": vars(self.state),
+            "interval_sums": self._interval.state(),
+            "networks": {name: scalar_state(engine) for name, engine in engines.items()},
+            "identity": self.identity,
+        }
+        step = self.state.step
+        commit = self._services.checkpoints.save(step, engines, train_state, self._config_json)
+        self._last_commit = step
+        if self._world.is_main:
+            self._services.folder.write_status("running", step)
+        logger.info("committed %s", commit.path)
+        return commit
+
+    def close(self) -> None:
+        """Flush and close what was opened for output."""
+        if self._services.metrics is not None:
+            self._services.metrics.close()
+        if self._services.progress is not None:
+            self._services.progress.close()
+
+    def _refuse_divergence(self) -> None:
+        limit = self.config.schedule.max_consecutive_skipped_steps
+        if self.state.consecutive_skipped >= limit:
+            raise DivergedError(
+                f"{limit} steps in a row had a non-finite gradient, the last one step "
+                f"{self.state.step}; the newest commit is step {self._last_commit}. Lower "
+                "optimizer.*_learning_rate, use bf16 instead of fp16, or raise "
+                "schedule.warmup_steps (limit: schedule.max_consecutive_skipped_steps)"
+            )

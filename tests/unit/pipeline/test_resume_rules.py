@@ -1,0 +1,142 @@
+"""What may change on resume: the table, its coverage, and the messages."""
+
+import pytest
+
+from data_prep.errors import EXIT_USAGE, UserError
+from pipeline.config import RunConfig
+from pipeline.config_loading import load_run_config
+from pipeline.ds_config import check_deepspeed_config
+from pipeline.ds_schema import DeepSpeedJson
+from pipeline.resume_rules import (
+    DEEPSPEED_RESUME_RULES,
+    RESUME_RULES,
+    Verdict,
+    changed_deepspeed_keys,
+    changed_keys,
+    refuse_changes,
+)
+
+DEMO = load_run_config("demo")
+
+
+def a_deepspeed_config(**changes):
+    return check_deepspeed_config(
+        {
+            "train_batch_size": 96,
+            "train_micro_batch_size_per_gpu": 8,
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": False},
+            "zero_optimization": {"stage": 1},
+        }
+        | changes,
+        "a.json",
+    )
+
+
+def only_change(*words):
+    (change,) = changed_keys(DEMO, load_run_config("demo", list(words)))
+    return change
+
+
+@pytest.mark.parametrize(
+    ("word", "verdict"),
+    [
+        ("run.folder=elsewhere", Verdict.FREE),
+        ("data.path=elsewhere", Verdict.FREE),
+        ("model.activation_checkpointing=full", Verdict.FREE),
+        ("schedule.max_consecutive_skipped_steps=5", Verdict.FREE),
+        ("checkpoint.interval_steps=7", Verdict.FREE),
+        ("checkpoint.keep_last=7", Verdict.FREE),
+        ("evaluation.max_sequences=7", Verdict.FREE),
+        ("logging.interval_steps=7", Verdict.FREE),
+        ("reference.train_batch_size=7", Verdict.FREE),
+        ("run.deterministic=false", Verdict.ROUNDING),
+        ("model.attention_backend=eager", Verdict.ROUNDING),
+        ("run.seed=7", Verdict.REFUSED),
+        ("data.sequence_length=64", Verdict.REFUSED),
+        ("data.block_sequences=7", Verdict.REFUSED),
+        ("data.window_blocks=7", Verdict.REFUSED),
+        ("model.vocab_size=7", Verdict.REFUSED),
+        ("generator.num_hidden_layers=7", Verdict.REFUSED),
+        ("discriminator.hidden_dropout_prob=0.5", Verdict.REFUSED),
+        ("objective.mask_prob=0.2", Verdict.REFUSED),
+        ("optimizer.betas=[0.9, 0.999]", Verdict.REFUSED),
+        ("optimizer.generator_learning_rate=1e-5", Verdict.REFUSED),
+        ("schedule.max_steps=1000", Verdict.REFUSED),
+        ("schedule.warmup_steps=7", Verdict.REFUSED),
+    ],
+)
+def test_the_table(word, verdict):
+    change = only_change(word)
+    assert change.verdict is verdict
+    assert change.path == word.partition("=")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "verdict"),
+    [
+        ({"train_batch_size": 192}, "train_batch_size", Verdict.REFUSED),
+        ({"gradient_clipping": 0.5}, "gradient_clipping", Verdict.REFUSED),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu", Verdict.ROUNDING),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage", Verdict.ROUNDING),
+        ({"steps_per_print": 10}, "steps_per_print", Verdict.FREE),
+    ],
+)
+def test_the_table_of_the_deepspeed_json(changes, path, verdict):
+    (change,) = changed_deepspeed_keys(a_deepspeed_config(), a_deepspeed_config(**changes))
+    assert (change.path, change.verdict) == (f"deepspeed.{path}", verdict)
+
+
+def test_blocks_that_appear_are_compared_key_by_key():
+    new = a_deepspeed_config(
+        bf16={"enabled": True},
+        data_types={"grad_accum_dtype": "fp32"},
+        flops_profiler={"enabled": True},
+    )
+    verdicts = {
+        change.path: change.verdict for change in changed_deepspeed_keys(a_deepspeed_config(), new)
+    }
+    assert verdicts["deepspeed.bf16.enabled"] is Verdict.ROUNDING
+    assert verdicts["deepspeed.data_types.grad_accum_dtype"] is Verdict.ROUNDING
+    assert verdicts["deepspeed.flops_profiler.enabled"] is Verdict.FREE
+
+
+def test_writing_a_default_out_is_no_change():
+    spelled = a_deepspeed_config(zero_optimization={"stage": 1, "reduce_bucket_size": 5e8})
+    assert changed_deepspeed_keys(a_deepspeed_config(), spelled) == []
+    assert changed_keys(DEMO, load_run_config("demo", ["optimizer.eps=1e-6"])) == []
+
+
+def test_every_pattern_names_something_real():
+    paths = {
+        f"{section}.{key}"
+        for section, info in RunConfig.model_fields.items()
+        for key in getattr(info.annotation, "model_fields", {})
+    }
+    for pattern, _, _ in RESUME_RULES[:-1]:
+        assert any(path == pattern or pattern == f"{path.split('.')[0]}.*" for path in paths)
+    for pattern, _, _ in DEEPSPEED_RESUME_RULES[:-1]:
+        assert pattern.rstrip("*") in DeepSpeedJson.model_fields
+    assert RESUME_RULES[-1][:2] == ("*", Verdict.REFUSED)
+
+
+def test_refused_changes_come_in_one_message_with_the_cure():
+    words = ["run.seed=7", "schedule.max_steps=1000", "checkpoint.keep_last=9"]
+    with pytest.raises(UserError) as caught:
+        refuse_changes("runs/x", changed_keys(DEMO, load_run_config("demo", words)))
+    cure = "set it back, or start a new run with another run.folder"
+    assert str(caught.value) == (
+        "resuming runs/x has 2 problems:\n"
+        f"  - run.seed was 42 and is now 7: what was learned so far depends on it; {cure}\n"
+        "  - schedule.max_steps was 500 and is now 1000: what was learned so far depends on it;"
+        f" {cure}"
+    )
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_rounding_changes_are_returned_as_warnings():
+    words = ["model.attention_backend=eager", "logging.interval_steps=1"]
+    changes = changed_keys(DEMO, load_run_config("demo", words))
+    assert refuse_changes("runs/x", changes) == [
+        'model.attention_backend was "torch" and is now "eager": the same formula in another order'
+    ]

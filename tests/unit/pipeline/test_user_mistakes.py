@@ -1,0 +1,233 @@
+"""Mistakes that people make, each with the one message that they get (exit code 2).
+
+Every case is a command line of `deberta train` and the files it names; `check` is the only place
+that knows how the command is run. Each message must name the file, key or number, and the cure.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import EXIT_USAGE, UserError
+from pipeline.config_loading import load_run_config, require_data_path
+from pipeline.ds_config import check_device, load_deepspeed_config
+
+DS_CONFIGS = Path(__file__).parents[3] / "ds_configs"
+GOOD_JSON = (DS_CONFIGS / "zero1_bf16.json").read_text()
+
+
+def check(argv: list[str]) -> str:
+    """Do what `deberta train --dry-run` does before any model is built; return its message."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", default="demo")
+    parser.add_argument("--deepspeed_config", default=str(DS_CONFIGS / "cpu_debug.json"))
+    parser.add_argument("--world-size", type=int, default=1)
+    options, words = parser.parse_known_args(argv)
+    with pytest.raises(UserError) as caught:
+        run_config = load_run_config(options.config, words)
+        deepspeed_config = load_deepspeed_config(options.deepspeed_config)
+        deepspeed_config.batch_plan(options.world_size)
+        check_device(deepspeed_config, "cpu")
+        require_data_path(run_config)
+    assert caught.value.exit_code == EXIT_USAGE
+    return str(caught.value)
+
+
+@dataclass
+class Mistake:
+    """One mistake.
+
+    Attributes:
+        argv: Words behind `deberta train`; "mine.json" and "mine.toml" are the files below.
+        says: Parts of the message, all of which must be there.
+        json: Text of mine.json, if the case has one.
+        toml: Text of mine.toml, if the case has one.
+    """
+
+    argv: list[str]
+    says: list[str]
+    json: str | None = None
+    toml: str | None = None
+    files: dict[str, str] = field(init=False)
+
+    def __post_init__(self):
+        files = {"mine.json": self.json, "mine.toml": self.toml}
+        self.files = {name: text for name, text in files.items() if text is not None}
+
+
+def words(*argv, says):
+    return Mistake([*argv], says)
+
+
+def deepspeed(changes, says, argv=()):
+    """A DeepSpeed JSON that would be good without these changes; None removes a key."""
+    merged = json.loads(GOOD_JSON) | changes
+    text = json.dumps({key: value for key, value in merged.items() if value is not None})
+    return Mistake(["--deepspeed_config", "mine.json", "data.path=x", *argv], says, json=text)
+
+
+def deepspeed_text(text, says):
+    return Mistake(["--deepspeed_config", "mine.json"], says, json=text)
+
+
+def toml(text, says):
+    return Mistake(["--config", "mine.toml"], says, toml=text)
+
+
+MISTAKES = {
+    "preset misspelt": words(
+        "--config", "deberta_v3_lage", says=["deberta_v3_lage", "did you mean 'deberta_v3_large'"]
+    ),
+    "preset file missing": words(
+        "--config", "my/large.toml", says=["my/large.toml: no such preset or file", "demo"]
+    ),
+    "folder as preset": words("--config", ".", says=["is a folder", "TOML"]),
+    "files swapped": words(
+        "--config", str(DS_CONFIGS / "zero1_bf16.json"), says=["pass it as --deepspeed_config"]
+    ),
+    "deepspeed file missing": words(
+        "--deepspeed_config", "ds_configs/zero9.json", says=["ds_configs/zero9.json: no such file"]
+    ),
+    "key misspelt": words(
+        "schedule.max_step=10", says=["command line", "schedule.max_step", "'max_steps'"]
+    ),
+    "section misspelt": words("sched.foo=10", says=["'sched'", "'schedule'"]),
+    "section forgotten": words("max_steps=10", says=["did you mean 'schedule.max_steps'"]),
+    "key in the wrong section": words(
+        "data.max_steps=10", says=["data.max_steps", "did you mean 'schedule.max_steps'"]
+    ),
+    "dashes": words("--run.seed=1", says=["write run.seed=1 without dashes"]),
+    "space for equals": words("run.seed", "1", says=["'run.seed' is not of the form", "'1'"]),
+    "text for a number": words("schedule.max_steps=100k", says=['"100k"', "whole number"]),
+    "fraction of a step": words("schedule.warmup_steps=0.1", says=["0.1", "whole number"]),
+    "negative rate": words(
+        "optimizer.generator_learning_rate=-1e-4", says=["-0.0001", "greater than 0"]
+    ),
+    "percentage for a share": words("objective.mask_prob=15", says=["15", "at most 0.5"]),
+    "dropout of one": words(
+        "generator.hidden_dropout_prob=1.0", says=["generator.hidden_dropout_prob", "less than 1"]
+    ),
+    "unknown choice": words("model.attention_backend=sdpa", says=["'eager' or 'torch'"]),
+    "heads do not divide": words(
+        "generator.num_attention_heads=7", says=["7 does not divide hidden_size 192"]
+    ),
+    "widths differ": words(
+        "discriminator.hidden_size=384", says=["generator.hidden_size 192 differs", "384"]
+    ),
+    "generator of one layer": words(
+        "generator.num_hidden_layers=1", says=["generator.num_hidden_layers 1", "write 2"]
+    ),
+    "sequence too long": words(
+        "data.sequence_length=1024", says=["1024 is more than", "max_position_embeddings 128"]
+    ),
+    "warm-up longer than the run": words(
+        "schedule.max_steps=20", says=["warmup_steps 50 is more than schedule.max_steps 20"]
+    ),
+    "milestones without commits": words(
+        "checkpoint.milestone_interval_steps=150", says=["150 is not a multiple of", "100"]
+    ),
+    "batch on the command line": words(
+        "train_batch_size=64", says=["train_batch_size belongs in the DeepSpeed JSON"]
+    ),
+    "given twice": words("run.seed=1", "run.seed=2", says=["run.seed is given twice"]),
+    "no dataset": words(says=["data.path is not set", "deberta-prep build"]),
+    "toml syntax": toml("[run\nseed = 1", says=["mine.toml: not TOML", "line 1"]),
+    "toml without networks": toml(
+        "[run]\nseed = 1", says=["generator is missing", "schedule is missing", "mine.toml"]
+    ),
+    "toml key misspelt": toml(
+        "[run]\nsed = 1", says=["mine.toml: unknown key 'run.sed'", "'seed'"]
+    ),
+    "json with a comment": deepspeed_text(
+        '{\n  // batch\n  "train_batch_size": 8\n}', says=["mine.json, line 2, column 3: not JSON"]
+    ),
+    "json with a trailing comma": deepspeed_text(
+        '{"train_batch_size": 8,}', says=["mine.json, line 1", "trailing commas"]
+    ),
+    "json list": deepspeed_text("[]", says=["mine.json: the top level must be an object"]),
+    "json key twice": deepspeed_text(
+        GOOD_JSON.replace('"bf16"', '"gradient_clipping": 0.5, "bf16"'),
+        says=["gradient_clipping is written twice"],
+    ),
+    "precision misspelt": deepspeed(
+        {"bf16": None, "bf_16": {"enabled": True}},
+        says=["'bf_16', did you mean 'bf16'?", "train in fp32", "no precision is chosen"],
+    ),
+    "auto": deepspeed({"gradient_clipping": "auto"}, says=['gradient_clipping is "auto"']),
+    "optimizer block": deepspeed(
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, says=["section [optimizer]"]
+    ),
+    "scheduler block": deepspeed({"scheduler": {}}, says=["section [schedule]"]),
+    "accumulation stated": deepspeed(
+        {"gradient_accumulation_steps": 1}, says=["gradient_accumulation_steps is derived"]
+    ),
+    "two precisions": deepspeed({"fp16": {"enabled": True}}, says=["bf16 and fp16; keep one"]),
+    "clipping forgotten": deepspeed(
+        {"gradient_clipping": None}, says=['write "gradient_clipping": 1.0']
+    ),
+    "bf16 at stage 0": deepspeed(
+        {"zero_optimization": {"stage": 0}}, says=["bf16 at ZeRO stage 0", "stage 1"]
+    ),
+    "bf16 accumulation": deepspeed(
+        {"data_types": None}, says=['write "data_types": {"grad_accum_dtype": "fp32"}']
+    ),
+    "fp16 on a CPU": deepspeed(
+        {"bf16": None, "fp16": {"enabled": True}}, says=["fp16 needs a GPU", "cpu_debug.json"]
+    ),
+    "batch and micro batch": deepspeed(
+        {"train_batch_size": 1000}, says=["1000 is not a multiple of", "992, 1024"]
+    ),
+    "batch and world": deepspeed(
+        {}, argv=["--world-size", "6"], says=["8192", "32 per rank x 6 ranks = 192", "use 4 ranks"]
+    ),
+    "micro batch too large for the world": deepspeed(
+        {},
+        argv=["--world-size", "512"],
+        says=["32 per rank x 512 ranks = 16384", "1, 2, 4, 8, 16."],
+    ),
+    "zero as a switch": deepspeed(
+        {"zero_optimization": True}, says=["zero_optimization is true; it must be a block of keys"]
+    ),
+    "tensorboard block": deepspeed({"tensorboard": {"enabled": True}}, says=["section [logging]"]),
+    "elasticity": deepspeed({"elasticity": {"enabled": True}}, says=["was removed from DeepSpeed"]),
+}
+
+
+def test_the_list_is_long_enough():
+    assert len(MISTAKES) >= 25
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mistake = MISTAKES[name]
+    for file, text in mistake.files.items():
+        (tmp_path / file).write_text(text)
+    message = check(mistake.argv)
+    assert [part for part in mistake.says if part not in message] == [], message
+
+
+def test_without_a_mistake_there_is_no_message(tmp_path):
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check(["data.path=shards", "schedule.max_steps=100"])
+
+
+def test_nothing_heavy_is_imported_before_the_message():
+    code = (
+        "import sys, pipeline.config_loading, pipeline.ds_config, pipeline.resume_rules;"
+        "print(*sorted({'torch', 'deepspeed', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=DS_CONFIGS.parent,
+        timeout=60,
+    )
+    assert done.stdout == "\n"
