@@ -41,7 +41,7 @@ class _Group:
 
 
 def group_shards(
-    units: Iterable[tuple[Path, UnitMark]], join_below: int = JOIN_BELOW_TOKENS
+    units: Iterable[tuple[Path, UnitMark]], join_below: int
 ) -> list[list[tuple[Path, ShardInfo]]]:
     """Decide which shards of units become which shards of the dataset.
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from data_prep.assembly import (
+    JOIN_BELOW_TOKENS,
     copy_folder,
     group_shards,
     join_drop_logs,
@@ -205,7 +206,7 @@ def _assemble(
     """Number the shards and write everything that stands beside them, the manifest last."""
     marks = [(job.folder(unit.index), _finished_mark(job, unit)) for unit in units]
     reading = sum((mark.report for _, mark in marks), ReadReport())
-    groups = group_shards(marks)
+    groups = group_shards(marks, JOIN_BELOW_TOKENS)
     if not groups:
         shutil.rmtree(job.work)
         reasons = ", ".join(f"{reason} {count}" for reason, count in reading.dropped.items())

@@ -37,7 +37,7 @@ app = typer.Typer(
 
 SourcesArgument = Annotated[
     list[str],
-    typer.Argument(metavar="SOURCE...", help=f"Files, folders or quoted globs: {ACCEPTED}."),
+    typer.Argument(metavar="SOURCE", help=f"Files, folders or quoted globs: {ACCEPTED}."),
 ]
 DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Dataset folder.")]
 TextFieldOption = Annotated[
@@ -219,7 +219,7 @@ def _print_json(values: Any) -> None:
 def main() -> None:
     """Run the command line; what a user did wrong is told in one message, without a traceback."""
     try:
-        app()
+        app(prog_name="deberta-prep")
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)

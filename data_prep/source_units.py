@@ -132,7 +132,9 @@ def plan_units(
     units: list[Unit] = []
     if not sources:
         raise UserError("no source was named; give files, folders or globs of text")
-    for source in sources:
+    for index, source in enumerate(sources):
+        if source in sources[:index]:
+            raise UserError(f"source {source} is named twice; name it once")
         files = find_source_files(source, report)
         _refuse_twice(source, files, seen)
         for parts in _group_parts(_file_parts(files, options, target_bytes), target_bytes):

@@ -137,7 +137,7 @@ class Tokenizer:
         Raises:
             UnicodeEncodeError: The text holds a lone surrogate.
         """
-        return self._processor.encode(text, out_type=int)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts, each alone, in this thread.
@@ -151,8 +151,14 @@ class Tokenizer:
         Raises:
             UnicodeEncodeError: A text holds a lone surrogate.
         """
-        # Without num_threads SentencePiece starts a thread for every core in every worker.
-        return self._processor.encode(list(texts), out_type=int, num_threads=1)
+        try:
+            # Without num_threads SentencePiece starts a thread for every core in every worker.
+            return self._processor.encode(list(texts), out_type=int, num_threads=1)
+        except (RuntimeError, TypeError):
+            # SentencePiece says little of what it cannot take; Python names the character.
+            for text in texts:
+                text.encode("utf-8")
+            raise
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Turn ids back into text; special tokens and [MASK] leave no trace.

@@ -42,8 +42,8 @@ class TrainingOptions:
 
     vocab_size: int = 128_000
     """Pieces of the model, special and byte pieces included; [MASK] and padding come on top."""
-    sample_bytes: int = 512 << 20
-    """Text that is used at most, chosen by hash; memory is a few times that."""
+    sample_bytes: int = 256 << 20
+    """Text that is used at most, chosen by hash; training takes about 20 times that in memory."""
     character_coverage: float = 0.9995
     """Share of the characters that get pieces; the rest is spelled in bytes."""
 
@@ -53,9 +53,9 @@ class TrainingOptions:
                 f"vocabulary size {self.vocab_size} is out of range; choose 300 to 4000000 pieces "
                 "(260 of them are special and byte pieces)"
             )
-        if not 0.9 <= self.character_coverage <= 1:
+        if not 0.98 <= self.character_coverage <= 1:
             raise UserError(
-                f"character coverage {self.character_coverage} is out of range; choose 0.9 to 1"
+                f"character coverage {self.character_coverage} is out of range; choose 0.98 to 1"
             )
         if self.sample_bytes < _SAMPLE_UNIT_BYTES:
             raise UserError(

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import UserError
+from data_prep.manifest import SPLITS
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
 from pipeline.checkpoint import CheckpointStore, Commit
@@ -92,10 +93,10 @@ def open_data(config: RunConfig) -> OpenData:
             "choose a dataset that belongs to this model"
         )
     length = config.data.sequence_length
-    streams = [SequenceStream(dataset, split, length) for split in ("train", "heldout")]
-    if streams[0].num_sequences == 0:
+    train, heldout = (SequenceStream(dataset, split, length) for split in SPLITS)
+    if train.num_sequences == 0:
         raise UserError(f"data.path {config.data.path} holds no training tokens: build it again")
-    return OpenData(dataset, Tokenizer.load(dataset.tokenizer_folder), *streams)
+    return OpenData(dataset, Tokenizer.load(dataset.tokenizer_folder), train, heldout)
 
 
 def build_networks(config: RunConfig) -> tuple[Generator, Discriminator]:

@@ -142,22 +142,6 @@ def resolved_config_dict(
     }
 
 
-def resolved_config_text(
-    run_config: RunConfig, deepspeed_config: DeepSpeedConfig, plan: BatchPlan
-) -> str:
-    """Write `resolved_config_dict` as the text of `config.resolved.json`.
-
-    Args:
-        run_config: What is learned.
-        deepspeed_config: How it is computed.
-        plan: The batch arithmetic of this world size.
-
-    Returns:
-        Indented JSON, the same bytes for the same values, with a final newline.
-    """
-    return json.dumps(resolved_config_dict(run_config, deepspeed_config, plan), indent=2) + "\n"
-
-
 def _read_source(preset_or_path: str) -> tuple[str, dict[str, Any]]:
     """Find the source: its name for messages, and its sections."""
     if preset_or_path in preset_names():
@@ -228,7 +212,7 @@ def _unknown_path(path: tuple[str, ...]) -> str | None:
     if len(path) == 2 and section in _SECTIONS and key in _SECTIONS[section].model_fields:
         return None
     homes = [f"{home}.{key}" for home, model in _SECTIONS.items() if key in model.model_fields]
-    if homes and len(path) <= 2 and section not in homes:
+    if homes and len(path) <= 2:
         return f"unknown key '{name}', did you mean {' or '.join(repr(home) for home in homes)}?"
     if section not in _SECTIONS:
         kind = "key" if len(path) == 1 else "section"

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from data_prep.manifest import Split
 from data_prep.shards import Dataset
 from pipeline.counter_rng import WORD, philox4x32, sample_words, stream_key
 
@@ -165,7 +166,7 @@ class SampleOrder:
 class SequenceStream:
     """The sequences of one split of a dataset."""
 
-    def __init__(self, dataset: Dataset, split: str, sequence_length: int) -> None:
+    def __init__(self, dataset: Dataset, split: Split, sequence_length: int) -> None:
         """Look at a split without reading it.
 
         Args:
@@ -174,7 +175,7 @@ class SequenceStream:
             sequence_length: L, with [CLS] and [SEP].
         """
         self._dataset = dataset
-        self._split = split
+        self._split: Split = split
         self._content = sequence_length - 2
         self.sequence_length = sequence_length
         self.num_tokens = dataset.split_tokens(split)

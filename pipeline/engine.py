@@ -23,7 +23,7 @@ from torch import nn
 from pipeline.config import OptimizerSection
 from pipeline.ds_config import BatchPlan, DeepSpeedConfig
 from pipeline.engine_state import WEIGHT, inner_optimizer, local_slices
-from pipeline.optimizer import build_optimizer, parameter_groups
+from pipeline.optimizer import FiniteGuardAdamW, build_optimizer, parameter_groups
 from pipeline.runtime import World
 
 
@@ -147,7 +147,9 @@ def step_engine(engine: Any) -> StepOutcome:
     if engine.zero_optimization_stage() == 0:
         norm = float(_replicated_grad_norm(engine.module))
         engine.step()
-        return StepOutcome(not inner_optimizer(engine).last_step_skipped, norm)
+        guard = inner_optimizer(engine)
+        assert isinstance(guard, FiniteGuardAdamW)
+        return StepOutcome(not guard.last_step_skipped, norm)
     engine.step()
     norm = engine.get_global_grad_norm()
     return StepOutcome(

@@ -136,7 +136,7 @@ def scalar_state(engine: Any) -> dict[str, Any]:
     inner = inner_optimizer(engine)
     steps = {int(inner.state[flat]["step"]) for flat in _flat_partitions(engine)}
     assert len(steps) <= 1, f"parameters disagree about Adam's step: {sorted(steps)}"
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler = engine.optimizer.loss_scaler if engine.fp16_enabled() else None
     fields = {k: getattr(scaler, k) for k in _LOSS_SCALER_FIELDS if hasattr(scaler, k)}
     return {"adam_step": steps.pop() if steps else 0, "loss_scaler": fields}
 
@@ -262,8 +262,9 @@ def restore_state(engine: Any, rank: int, reader: StateReader, scalars: dict[str
             state["step"].fill_(scalars["adam_step"])
         else:
             state["step"] = scalars["adam_step"]
-    for field, value in scalars["loss_scaler"].items():
-        setattr(engine.optimizer.loss_scaler, field, value)
+    if engine.fp16_enabled():  # another precision has no scale to continue with
+        for field, value in scalars["loss_scaler"].items():
+            setattr(engine.optimizer.loss_scaler, field, value)
 
 
 def _is_replicated(engine: Any) -> bool:

@@ -91,7 +91,7 @@ def ratios(vector: torch.Tensor, prefix: str) -> dict[str, float]:
     Returns:
         name -> value; a ratio over nothing is left out.
     """
-    sums = dict(zip(FIELDS, vector.tolist(), strict=True))
+    sums: dict[str, float] = dict(zip(FIELDS, vector.tolist(), strict=True))
     pairs = {
         "mlm_loss": ("mlm_loss_sum", "masked_tokens"),
         "mlm_accuracy": ("mlm_correct", "masked_tokens"),

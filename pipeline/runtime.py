@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from data_prep.errors import UserError
 
@@ -139,12 +140,12 @@ def start_world(world: World, num_threads: int | None = None) -> dist.ProcessGro
         # A store in memory needs no port; DeepSpeed still looks for the launcher's variables.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    group = dist.group.WORLD
-    assert group is not None
-    return group if backend == "gloo" else dist.new_group(backend="gloo")
+    group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def use_deterministic_kernels() -> None:

@@ -18,7 +18,7 @@ Letters: B sequences, L sequence length, Q query rows (L in the encoder, the mas
 enhanced mask decoder), D hidden size, H heads, d head size, R relative rows, E distances.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -69,29 +69,12 @@ def disentangled_attention(
     Source:
         arXiv:2006.03654, equations 3 and 4, as in `disentangled_attention.py` of the release.
     """
-    num_heads, batch, num_queries, head_size = query_HBQd.shape
     # Scaling before the products keeps fp16 scores finite where the sums of products are not. The
     # root is rounded to fp32 whatever the dtype, as in transformers: fp64 results can be compared.
-    scale = 1.0 / float(np.sqrt(np.float32(3 * head_size)))
-    scaled = KeySide(keys.key_HBLd, keys.value_HBLd, keys.rel_key_HRd, keys.rel_query_HRd * scale)
-    query_HBQd = query_HBQd * scale
-    if backend == "eager":
-        context_HBQd = _eager(query_HBQd, scaled, relative, attention_mask_BL, dropout_p, site)
-    else:
-        length = keys.key_HBLd.shape[2]
-        drops = site is not None and dropout_p > 0.0
-        shape = (num_heads, batch, num_queries, length)
-        context_HBQd = ShearedAttention.apply(
-            query_HBQd.contiguous(),
-            keys.key_HBLd.contiguous(),
-            keys.value_HBLd,
-            scaled.rel_key_HRd.index_select(1, relative.query_rows_E),
-            scaled.rel_query_HRd.index_select(1, relative.key_rows_E),
-            relative.positions_BQ,
-            attention_mask_BL,
-            site.keep_mask(shape, dropout_p) if site is not None and drops else None,
-            1.0 / (1.0 - dropout_p) if drops else 1.0,
-        )
+    scale = 1.0 / float(np.sqrt(np.float32(3 * query_HBQd.shape[3])))
+    keys = replace(keys, rel_query_HRd=keys.rel_query_HRd * scale)
+    attend = _eager if backend == "eager" else _sheared
+    context_HBQd = attend(query_HBQd * scale, keys, relative, attention_mask_BL, dropout_p, site)
     if attention_mask_BL is None:
         return context_HBQd
     return context_HBQd * attention_mask_BL.any(1)[None, :, None, None].to(context_HBQd.dtype)
@@ -121,3 +104,29 @@ def _eager(
         scores_HBQL = scores_HBQL.masked_fill(masked_BL, torch.finfo(wide).min)
     probs_HBQL = torch.softmax(scores_HBQL, dim=-1).to(keys.value_HBLd.dtype)
     return dropout(probs_HBQL, dropout_p, site) @ keys.value_HBLd
+
+
+def _sheared(
+    query_HBQd: torch.Tensor,
+    keys: KeySide,
+    relative: RelativePositions,
+    attention_mask_BL: torch.Tensor | None,
+    dropout_p: float,
+    site: DropoutSite | None,
+) -> torch.Tensor:
+    """Attend by `ShearedAttention`: expand the tables to one row a distance, draw the mask."""
+    keep_HBQL, keep_scale = None, 1.0
+    if site is not None and dropout_p > 0.0:
+        shape = (*query_HBQd.shape[:3], keys.key_HBLd.shape[2])
+        keep_HBQL, keep_scale = site.keep_mask(shape, dropout_p), 1.0 / (1.0 - dropout_p)
+    return ShearedAttention.apply(
+        query_HBQd.contiguous(),
+        keys.key_HBLd.contiguous(),
+        keys.value_HBLd,
+        keys.rel_key_HRd.index_select(1, relative.query_rows_E),
+        keys.rel_query_HRd.index_select(1, relative.key_rows_E),
+        relative.positions_BQ,
+        attention_mask_BL,
+        keep_HBQL,
+        keep_scale,
+    )

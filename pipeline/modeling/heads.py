@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.config import ModelSection, NetworkSection
 from pipeline.modeling.embeddings import LayerNorm
-from pipeline.modeling.vocabulary_head import VocabularyOutput, vocabulary_head
+from pipeline.modeling.vocabulary_head import MlmOutput, vocabulary_head
 from pipeline.rtd import DrawKey
 
 
@@ -40,7 +40,7 @@ class MlmHead(nn.Module):
         targets_BK: torch.Tensor,
         positions_BK: torch.Tensor,
         draw: DrawKey,
-    ) -> VocabularyOutput:
+    ) -> MlmOutput:
         """Predict the masked slots.
 
         Args:

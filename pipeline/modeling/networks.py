@@ -25,10 +25,9 @@ from pipeline.modeling.embeddings import (
 )
 from pipeline.modeling.encoder import Encoder
 from pipeline.modeling.heads import MlmPredictions, RtdHead
-from pipeline.modeling.vocabulary_head import VocabularyOutput
+from pipeline.modeling.vocabulary_head import MlmOutput
 from pipeline.rtd import DrawKey
 
-MlmOutput = VocabularyOutput
 EmbeddingsT = TypeVar("EmbeddingsT", GeneratorEmbeddings, DiscriminatorEmbeddings)
 
 
@@ -224,8 +223,9 @@ def init_weights(module: Generator | Discriminator, seed: int) -> None:
     """
     for path, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
+            full_name = f"{path}.{name}".lstrip(".")
             if isinstance(child, nn.Linear | nn.Embedding) and name == "weight":
-                words = stream_key(seed, f"init/{module.name}/{path}.{name}")
+                words = stream_key(seed, f"init/{module.name}/{full_name}")
                 generator = torch.Generator().manual_seed(words[0] | (words[1] & 0x7FFFFFFF) << 32)
                 values = torch.empty(parameter.shape)
                 values.normal_(0.0, module.initializer_range, generator=generator)
@@ -234,6 +234,6 @@ def init_weights(module: Generator | Discriminator, seed: int) -> None:
             elif isinstance(child, DeltaEmbedding) or name == "bias":
                 values = torch.zeros(parameter.shape)
             else:
-                raise TypeError(f"no initialization rule for {path}.{name}")
+                raise TypeError(f"no initialization rule for {full_name}")
             with torch.no_grad():
                 parameter.copy_(values)

@@ -20,7 +20,7 @@ CHUNK_IDS = 16_384
 """Ids of one chunk, a multiple of 4: 80 MB of fp32 logits for 16 sequences of 512 tokens."""
 
 
-class VocabularyOutput(NamedTuple):
+class MlmOutput(NamedTuple):
     """What the generator's head reports of a micro batch."""
 
     loss_sum: torch.Tensor
@@ -142,7 +142,7 @@ def vocabulary_head(
     positions_BK: torch.Tensor,
     draw: DrawKey,
     chunk_ids: int = CHUNK_IDS,
-) -> VocabularyOutput:
+) -> MlmOutput:
     """Score hidden states against the word table: loss, draw and accuracy in one sweep.
 
     Draws are Gumbel-argmax, the lowest id at a tie, with `rtd.gumbel_noise`; they use the logits
@@ -161,14 +161,16 @@ def vocabulary_head(
     Returns:
         Loss sum, draws and correct predictions; only the loss has a gradient.
     """
-    loss_sum, drawn_BK, correct_sum = _ChunkedCrossEntropy.apply(
-        hidden_BKD.flatten(0, 1),
-        table_VD,
-        bias_V,
-        valid_BK,
-        targets_BK,
-        positions_BK,
-        draw,
-        chunk_ids,
-    )
-    return VocabularyOutput(loss_sum, drawn_BK, correct_sum)
+    # Autocast would round the logits of the forward pass, and of the forward pass alone.
+    with torch.autocast(hidden_BKD.device.type, enabled=False):
+        loss_sum, drawn_BK, correct_sum = _ChunkedCrossEntropy.apply(
+            hidden_BKD.flatten(0, 1),
+            table_VD,
+            bias_V,
+            valid_BK,
+            targets_BK,
+            positions_BK,
+            draw,
+            chunk_ids,
+        )
+    return MlmOutput(loss_sum, drawn_BK, correct_sum)

@@ -113,6 +113,8 @@ def test_generator_equals_the_authors_encoder(released, length):
     with torch.no_grad():
         hidden = ours.encode(data.ids, data.mask)
         embedded = embeddings(data.ids, mask=data.mask.long())
+        ours_embedded = ours.deberta.embeddings(data.ids, data.mask, None)
+        torch.testing.assert_close(ours_embedded, embedded, rtol=0, atol=FP32_TOLERANCE)
         expected = encoder(embedded, data.mask.long(), relative_pos=torch.tensor([clamped]))[-1]
     torch.testing.assert_close(hidden[data.mask], expected[data.mask], rtol=0, atol=FP32_TOLERANCE)
 

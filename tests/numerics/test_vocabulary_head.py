@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.modeling.vocabulary_head import vocabulary_head
+from pipeline.modeling.vocabulary_head import CHUNK_IDS, vocabulary_head
 from pipeline.rtd import DrawKey, gumbel_noise
 
 B, K, D, V = 2, 5, 8, 61
@@ -126,6 +126,14 @@ def test_half_precision_weights_keep_fp32_logits(dtype):
         assert left.dtype == dtype
         tolerance = 2 * torch.finfo(dtype).eps * right.abs().max().item()
         torch.testing.assert_close(left, right, rtol=0, atol=tolerance)
+
+
+def test_a_vocabulary_of_several_default_chunks():
+    ids, slot = CHUNK_IDS + 5, torch.zeros(1, 1, dtype=torch.int64)
+    bias = torch.zeros(ids).index_fill(0, torch.tensor([ids - 1]), 100.0)
+    arguments = torch.zeros(1, 1, 2), torch.zeros(ids, 2), bias, slot == 0, slot + ids - 1, slot
+    out = vocabulary_head(*arguments, DrawKey((1, 2), torch.tensor([[0, 1]])))
+    assert (out.loss_sum, out.correct_sum, out.drawn_BK) == (0, 1, ids - 1)
 
 
 def test_logits_are_never_held_whole():

@@ -20,6 +20,7 @@ def network_section(layers=3, **changes):
         "intermediate_size": 40,
         "max_position_embeddings": 32,
         "position_buckets": 8,
+        "layer_norm_eps": 1e-3,  # large enough to be seen
     }
     return NetworkSection(**{**sizes, **changes})
 

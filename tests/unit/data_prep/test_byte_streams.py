@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import io
 import lzma
@@ -131,9 +132,14 @@ def test_a_truncated_file_says_so_after_its_sound_lines(pack, cut, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(packed)
     read = []
-    with open_bytes(path) as file, pytest.raises(DamagedInput, match="ends before its end mark"):
-        for line in iter_lines(file, 100, 0, None):
-            read.append(line.data)
+
+    def read_all():
+        with open_bytes(path) as file:
+            for line in iter_lines(file, 100, 0, None):
+                read.append(line.data)
+
+    with pytest.raises(DamagedInput, match="ends before its end mark"):
+        read_all()
     assert read == unpack_what_is_there(packed).split(b"\n")[:-1]
     assert len(read) > 20_000
 
@@ -152,10 +158,8 @@ def test_no_flipped_bit_stops_or_silently_changes_a_packed_file(pack, tmp_path):
         packed[position] ^= 16
         if compression_of(path.read_bytes()) is None:
             continue
-        try:
+        with contextlib.suppress(DamagedInput):
             silent += read_file(path) != data
-        except DamagedInput:
-            pass
     assert silent == 0 or not checked
 
 

@@ -139,7 +139,7 @@ def test_contradictions_between_sections_come_together():
 
 
 def test_a_contradiction_reads_well_without_the_loader():
-    with pytest.raises(ValidationError, match="warmup_steps 3 is more than schedule.max_steps 2"):
+    with pytest.raises(ValidationError, match=r"warmup_steps 3 is more than schedule\.max_steps 2"):
         ScheduleSection(max_steps=2, warmup_steps=3)
 
 

@@ -10,7 +10,7 @@ from pipeline.config_loading import (
     load_run_config,
     preset_names,
     require_data_path,
-    resolved_config_text,
+    resolved_config_dict,
 )
 from pipeline.ds_config import load_deepspeed_config
 
@@ -163,6 +163,7 @@ def test_words(word, section, key, value):
          " (--deepspeed_config)"),
         ("bf16.enabled=true", "bf16.enabled belongs in the DeepSpeed JSON (--deepspeed_config)"),
         ("schedule.max_steps=many", 'schedule.max_steps is "many"; it must be a whole number'),
+        ("run.seed=1\n[run]", 'run.seed is "1\\n[run]"; it must be a whole number'),
         ("schedule.max_steps=true", "schedule.max_steps is true; it must be a whole number"),
         ("schedule.max_steps=0", "schedule.max_steps is 0; it must be greater than 0"),
         ("optimizer.eps=nan", "optimizer.eps is NaN; it must be a finite number"),
@@ -195,8 +196,8 @@ def test_a_word_given_twice():
         ("[generator]", "train_batch_size = 1\n[generator]", "train_batch_size belongs in the"
          " DeepSpeed JSON (--deepspeed_config)"),
         ("[generator]", "run = 3\n[generator]", "run is 3; it must be a block of keys"),
-        ("max_steps = 100", "max_steps = 2024-01-01", 'schedule.max_steps is "2024-01-01"; it must be'
-         " a whole number"),
+        ("max_steps = 100", "max_steps = 2024-01-01", 'schedule.max_steps is "2024-01-01"; it must'
+         " be a whole number"),
         ("warmup_steps = 10\n", "", "schedule.warmup_steps is missing: Steps of linear warm-up"
          " from zero."),
     ],
@@ -253,7 +254,7 @@ def test_the_resolved_file_repeats_the_run(tmp_path):
     words = ["run.seed=7", "optimizer.eps=3e-7", "data.path=shards", "schedule.warmup_steps=0"]
     config = load_run_config("demo", words)
     deepspeed = load_deepspeed_config(DS_CONFIGS / "zero2_bf16.json")
-    text = resolved_config_text(config, deepspeed, deepspeed.batch_plan(8))
+    text = json.dumps(resolved_config_dict(config, deepspeed, deepspeed.batch_plan(8)))
     path = tmp_path / "config.resolved.json"
     path.write_text(text)
 

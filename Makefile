@@ -1,0 +1,52 @@
+# Each target makes the virtual environment if it is missing or older than what it is made from.
+#   make demo    raw text -> tokenizer -> shards -> training -> export -> scores, on a CPU
+#   make test    the test suite
+#   make lint    ruff and pyright
+#   make bench   ratios against peers, written to tests/benchmarks/results/
+#   make gpu     GPU tests and benchmarks with the packages that PYTHON has; installs nothing
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Named exactly and first: a range would bring gigabytes of CUDA libraries to a machine without a
+# GPU. For a GPU: make TORCH="torch==2.13.0 --index-url ...", as pytorch.org says for your driver.
+TORCH ?= torch==2.13.0
+DEMO ?= demo
+
+export DS_BUILD_OPS = 0
+
+.PHONY: venv demo test lint bench gpu clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed' if sys.version_info < (3, 11) else 0)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	# The authors' v2-era encoder, a judge in tests/numerics; its own dependencies no longer install.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt deberta==0.1.12
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/deberta demo --output $(DEMO)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu" tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/run.py
+
+gpu:
+	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(PYTHON) tests/benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

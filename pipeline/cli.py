@@ -1,0 +1,51 @@
+"""`deberta`: the commands that people type."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from data_prep.errors import EXIT_USAGE, UserError
+from pipeline.train import run as run_training
+
+app = typer.Typer(
+    help="Pre-train, export and evaluate DeBERTaV3 models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command(
+    # What launchers start is a flat command with its own parser; this is the same one.
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+    add_help_option=False,
+)
+def train(
+    context: typer.Context,
+    words: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+) -> None:
+    """Train in this process; `deberta train --help` for more."""
+    raise typer.Exit(run_training([*(words or []), *context.args]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; what a user did wrong is told in one message, without a traceback.
+
+    Args:
+        argv: Words after the program's name; the process's own where None.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if arguments[:1] == ["train"]:
+            sys.exit(run_training(arguments[1:]))
+        app(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,304 @@
+"""From a commit to two Hugging Face repositories, whole and proven, or nothing.
+
+    1. commit        the newest valid one of a run, or the one that is named; every byte hashed
+    2. tokenizer     the dataset's, and the one that the commit was trained with
+    3. write         OUTPUT.partial/{discriminator,generator}, on disk
+    4. verify        transformers reloads both in a clean process (`export_verify`)
+    5. publish       rename to OUTPUT
+
+    OUTPUT/discriminator/   config.json model.safetensors tokenizer files README.md
+    OUTPUT/generator/       pretraining_config.json, the same files in both
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from data_prep.errors import CorruptError, UserError
+from data_prep.shards import Dataset
+from data_prep.tokenizer import Tokenizer
+from pipeline.assemble import load_commit_weights
+from pipeline.checkpoint import Commit, list_commits, verify_commit
+from pipeline.config import RunConfig
+from pipeline.config_loading import load_run_config
+from pipeline.data import SequenceStream
+from pipeline.export_verify import Verification, verify_export
+from pipeline.hf_layout import (
+    WEIGHTS_FILE,
+    ExportDtype,
+    Tensors,
+    networks_from_tensors,
+    repository_config,
+    repository_tensors,
+)
+from pipeline.model_card import ExportFacts, heldout_row, model_card
+from pipeline.run_folder import fsync_file, fsync_folder
+
+PRETRAINING_CONFIG = "pretraining_config.json"
+ARCHITECTURES = {"discriminator": "DebertaV2Model", "generator": "DebertaV2ForMaskedLM"}
+TOKENIZER_FILES = (
+    "spm.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported, and how it was proven."""
+
+    output: Path
+    commit: Path
+    step: int
+    dtype: ExportDtype
+    parameters: dict[str, int]
+    """Parameters by network."""
+    verification: Verification
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert for JSON.
+
+        Returns:
+            Plain values.
+        """
+        paths = {"output": str(self.output), "commit": str(self.commit)}
+        return {**dataclasses.asdict(self), **paths}
+
+
+def find_commit(run_or_commit: Path) -> Commit:
+    """Find and verify the commit that a path means.
+
+    Args:
+        run_or_commit: A run folder, its checkpoints folder, or one commit.
+
+    Returns:
+        The commit; of a run the newest one whose every byte is as written, and what was passed
+        over is named in the log.
+
+    Raises:
+        UserError: There is no commit.
+        CorruptError: The commit that is named, or every commit of the run, is damaged.
+    """
+    path = run_or_commit
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; name a run folder or one of its checkpoints")
+    if (path / "train_state.json").is_file():
+        commit = Commit(path, 0)
+        verify_commit(commit)
+        return Commit(path, int(commit.read_json("train_state.json")["state"]["step"]))
+    commits = list_commits(path / "checkpoints") or list_commits(path)
+    if not commits:
+        raise UserError(
+            f"{path}: neither a run folder with a checkpoint nor a checkpoint; a run's first is "
+            "written after checkpoint.interval_steps"
+        )
+    problems = []
+    for commit in reversed(commits):
+        try:
+            verify_commit(commit)
+        except CorruptError as error:
+            logger.warning("%s; the checkpoint before it is used", error)
+            problems.append(str(error))
+        else:
+            return commit
+    raise CorruptError("no checkpoint is whole:\n  " + "\n  ".join(problems))
+
+
+def export_run(
+    run_or_commit: Path,
+    output: Path,
+    *,
+    dataset: Path | None = None,
+    dtype: ExportDtype = "fp32",
+    force: bool = False,
+) -> ExportReport:
+    """Export a commit as two repositories, proven before they appear.
+
+    Args:
+        run_or_commit: A run folder (its newest valid commit) or a commit.
+        output: Folder to make; `discriminator` and `generator` are made in it.
+        dataset: Where the dataset is now; data.path of the run where None.
+        dtype: How weights are stored.
+        force: Replace an earlier export.
+
+    Returns:
+        What was exported.
+
+    Raises:
+        UserError: The output exists, the dataset is not the run's, or the proof failed; no folder
+            is left behind.
+        CorruptError: The commit or the dataset is damaged.
+    """
+    _refuse_to_overwrite(output, force)
+    commit = find_commit(run_or_commit)
+    config = load_run_config(str(commit.path / "config.resolved.json"))
+    identity = commit.read_json("train_state.json")["identity"]
+    data = open_tokenized(config, dataset, identity["tokenizer_fingerprint"])
+    networks = load_commit_weights(commit, config)
+    tensors = repository_tensors(*networks, dtype)
+    parameters = {name: sum(t.numel() for t in part.values()) for name, part in tensors.items()}
+    reference = networks if dtype == "fp32" else networks_from_tensors(config, tensors)
+    with _published(output) as partial:
+        _write_repositories(partial, commit, config, data.tokenizer_folder, tensors, dtype)
+        verification = verify_export(
+            partial,
+            reference,
+            tensors,
+            config,
+            stream=_any_sequences(data, config.data.sequence_length),
+            tokenizer=Tokenizer.load(data.tokenizer_folder),
+        )
+    return ExportReport(output, commit.path, commit.step, dtype, parameters, verification)
+
+
+def open_tokenized(config: RunConfig, dataset: Path | None, fingerprint: str) -> Dataset:
+    """Open a dataset and insist that its ids mean what the model learned.
+
+    Args:
+        config: The run.
+        dataset: The dataset; data.path of the run where None.
+        fingerprint: Of the tokenizer that the model was trained with.
+
+    Returns:
+        The open dataset.
+
+    Raises:
+        UserError: There is none, or it has another tokenizer.
+        CorruptError: It is damaged.
+    """
+    path = Path(config.data.path) if dataset is None else dataset
+    if dataset is None and not path.is_dir():
+        raise UserError(
+            f"the run's dataset {path} (data.path) is not there; say where it is now with --dataset"
+        )
+    opened = Dataset.open(path)
+    found = opened.manifest.tokenizer_fingerprint
+    if found != fingerprint:
+        raise UserError(
+            f"{path} was made with another tokenizer (spm.model {found[:12]}) than the model "
+            f"({fingerprint[:12]}): name a dataset made with the model's tokenizer"
+        )
+    return opened
+
+
+def _any_sequences(data: Dataset, sequence_length: int) -> SequenceStream:
+    """Choose the held-out sequences, or the training ones where nothing is held out."""
+    heldout = SequenceStream(data, "heldout", sequence_length)
+    return heldout if heldout.num_sequences else SequenceStream(data, "train", sequence_length)
+
+
+def _refuse_to_overwrite(output: Path, force: bool) -> None:
+    """Keep what is there, unless it is an earlier export that may go."""
+    if not output.exists():
+        return
+    if not force:
+        raise UserError(f"{output} exists: choose another folder, or replace it with --force")
+    names = {path.name for path in output.iterdir()} if output.is_dir() else {""}
+    if not names <= set(ARCHITECTURES):
+        raise UserError(
+            f"{output} is not an earlier export, and --force replaces nothing else: choose another "
+            "folder"
+        )
+
+
+@contextmanager
+def _published(output: Path) -> Iterator[Path]:
+    """Give a `.partial` folder that becomes the output where the block ends without an error."""
+    partial = output.with_name(output.name + ".partial")
+    replaced = output.with_name(output.name + ".replaced")
+    try:
+        for leftover in (partial, replaced):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            (fsync_folder if path.is_dir() else fsync_file)(path)
+        fsync_folder(partial)
+        if output.exists():
+            output.rename(replaced)
+        partial.rename(output)
+        fsync_folder(output.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{partial} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_repositories(
+    partial: Path,
+    commit: Commit,
+    config: RunConfig,
+    tokenizer_folder: Path,
+    tensors: dict[str, Tensors],
+    dtype: ExportDtype,
+) -> None:
+    """Write every file of both repositories."""
+    resolved = commit.read_json("config.resolved.json")
+    identity = commit.read_json("train_state.json")["identity"]
+    export = {
+        "step": commit.step,
+        "dtype": dtype,
+        "dataset_fingerprint": identity["dataset_fingerprint"],
+        "tokenizer_fingerprint": identity["tokenizer_fingerprint"],
+    }
+    facts = ExportFacts(
+        config=config,
+        step=commit.step,
+        tokens_per_step=resolved["batch"]["tokens_per_step"],
+        dtype=dtype,
+        dataset_fingerprint=identity["dataset_fingerprint"],
+        tokenizer_fingerprint=identity["tokenizer_fingerprint"],
+        versions=_package_versions(identity["environment"]),
+        heldout=heldout_row(commit.path.parent.parent / "metrics.jsonl", commit.step),
+    )
+    for name, architecture in ARCHITECTURES.items():
+        repository, network = partial / name, getattr(config, name)
+        repository.mkdir()
+        save_file(tensors[name], repository / WEIGHTS_FILE, metadata={"format": "pt"})
+        vocab_size = config.model.vocab_size
+        _write_json(
+            repository / "config.json", repository_config(network, vocab_size, architecture, dtype)
+        )
+        _write_json(repository / PRETRAINING_CONFIG, {**resolved, "export": export})
+        _copy_tokenizer(tokenizer_folder, repository, network.max_position_embeddings)
+        parameters = sum(tensor.numel() for tensor in tensors[name].values())
+        card = model_card(name, facts, parameters)
+        (repository / "README.md").write_text(card, encoding="utf-8")
+
+
+def _copy_tokenizer(source: Path, repository: Path, max_length: int) -> None:
+    """Copy the tokenizer, with the model's own longest sequence."""
+    for name in TOKENIZER_FILES:
+        if not (source / name).is_file():
+            raise UserError(
+                f"{source / name} is missing, without which transformers cannot tokenize: build "
+                "the dataset again with `deberta-prep build`, and name it with --dataset"
+            )
+        shutil.copyfile(source / name, repository / name)
+    path = repository / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    _write_json(path, {**values, "model_max_length": max_length})
+
+
+def _package_versions(environment: dict[str, str]) -> dict[str, str]:
+    """Pick what a reader of the card can install."""
+    packages = ("deberta-pretrain", "torch", "deepspeed", "python")
+    return {name: environment[name] for name in packages if name in environment}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

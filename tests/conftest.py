@@ -1,0 +1,131 @@
+"""What the whole suite shares: one small corpus, tokenizer and dataset, and a tiny run on them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere: two cores, shared by the processes of a distributed test.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+TINY_RUN = """
+[data]
+sequence_length = 32
+block_sequences = 16
+window_blocks = 4
+[model]
+vocab_size = {vocab_size}
+[generator]
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+intermediate_size = 64
+max_position_embeddings = 64
+position_buckets = 16
+hidden_dropout_prob = {dropout}
+attention_probs_dropout_prob = {dropout}
+[discriminator]
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+intermediate_size = 64
+max_position_embeddings = 64
+position_buckets = 16
+hidden_dropout_prob = {dropout}
+attention_probs_dropout_prob = {dropout}
+[optimizer]
+generator_learning_rate = 2e-3
+discriminator_learning_rate = 1e-3
+[schedule]
+max_steps = 12
+warmup_steps = 2
+[checkpoint]
+interval_steps = 4
+[evaluation]
+interval_steps = 6
+max_sequences = 24
+[logging]
+interval_steps = 3
+"""
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A few speeches of the embedded corpus, a folder of .txt files."""
+    from data_prep.documents import embedded_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for path in sorted(Path(embedded_corpus()).rglob("*.txt"))[:8]:
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(corpus, tmp_path_factory):
+    """A trained tokenizer of 600 pieces with its Hugging Face files."""
+    from data_prep.documents import ReadOptions, ReadReport
+    from data_prep.tokenizer_training import TrainingOptions, train_tokenizer_from_sources
+
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    options = ReadOptions(txt_document="line")
+    train_tokenizer_from_sources([str(corpus)], folder, TrainingOptions(600), options, ReadReport())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(corpus, tokenizer_folder, tmp_path_factory):
+    """The corpus as a dataset, a paragraph a document, a tenth held out."""
+    from data_prep.build import build
+    from data_prep.build_plan import BuildOptions
+    from data_prep.documents import ReadOptions
+    from data_prep.executors import ProcessExecutor
+
+    folder = tmp_path_factory.mktemp("dataset") / "dataset"
+    options = BuildOptions(read=ReadOptions(txt_document="line"), heldout_fraction=0.1)
+    build([str(corpus)], tokenizer_folder, folder, options, ProcessExecutor(1))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vocab_size(dataset_folder):
+    from data_prep.shards import Dataset
+
+    return Dataset.open(dataset_folder).manifest.vocab_size
+
+
+@pytest.fixture
+def tiny_run(tmp_path, vocab_size):
+    """Write the tiny run's TOML; `dropout=0.1` for resume, 0 to compare worlds."""
+
+    def write(dropout=0.0):
+        path = tmp_path / f"tiny-{dropout}.toml"
+        path.write_text(TINY_RUN.format(vocab_size=vocab_size, dropout=dropout))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def deepspeed_json(tmp_path):
+    """Write a DeepSpeed JSON for the tiny run."""
+
+    def write(stage=1, micro=4, precision="fp32", train_batch_size=8, **extra):
+        value = {
+            "train_batch_size": train_batch_size,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": precision == "bf16"},
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1_000_000},
+            **extra,
+        }
+        if precision == "bf16":
+            value["data_types"] = {"grad_accum_dtype": "fp32"}
+        path = tmp_path / f"zero{stage}-{precision}-{micro}-{train_batch_size}.json"
+        path.write_text(json.dumps(value))
+        return path
+
+    return write
