@@ -102,31 +102,32 @@ def build(
     if is_complete(output) and not (output / WORK_FOLDER).exists():
         return _already_complete(output, plan, began)
     work = _open_work_folder(output)
+    job = UnitJob(
+        work=work,
+        tokenizer=work / TOKENIZER_FOLDER,
+        read_options=options.read,
+        cleaning_options=options.cleaning,
+        heldout_fraction=options.heldout_fraction,
+        shard_tokens=options.shard_tokens,
+    )
+    report = None
     with _lock(work, output):
-        if is_complete(output):
-            # A kill between the seal and the end of the clean-up.
-            shutil.rmtree(work)
-            return _already_complete(output, plan, began)
-        _store_plan(plan, work, output)
-        with disk_errors(work):
-            _store_tokenizer(tokenizer, work / TOKENIZER_FOLDER)
-        job = UnitJob(
-            work=work,
-            tokenizer=work / TOKENIZER_FOLDER,
-            read_options=options.read,
-            cleaning_options=options.cleaning,
-            heldout_fraction=options.heldout_fraction,
-            shard_tokens=options.shard_tokens,
-        )
-        resumed = sum(UnitMark.load(job.folder(unit.index)) is not None for unit in units)
-        on_units(units)
-        for mark in executor.run(partial(build_unit, job), units):
-            on_unit_done(mark)
-        with disk_errors(output):
-            manifest, fingerprint, reading = _assemble(job, units, plan, model, output)
-        shutil.rmtree(work)
-    seconds = time.monotonic() - began
-    return BuildReport(output, fingerprint, manifest, plan_report + reading, resumed, seconds)
+        if not is_complete(output):
+            _store_plan(plan, work, output)
+            with disk_errors(work):
+                _store_tokenizer(tokenizer, job.tokenizer)
+            resumed = sum(UnitMark.load(job.folder(unit.index)) is not None for unit in units)
+            on_units(units)
+            for mark in executor.run(partial(build_unit, job), units):
+                on_unit_done(mark)
+            with disk_errors(output):
+                manifest, fingerprint, reading = _assemble(job, units, plan, model, output)
+            reading = plan_report + reading
+            seconds = time.monotonic() - began
+            report = BuildReport(output, fingerprint, manifest, reading, resumed, seconds)
+    # Only now: NFS keeps a folder alive in which a file, such as our lock, is open.
+    shutil.rmtree(work, ignore_errors=True)
+    return report or _already_complete(output, plan, began)
 
 
 def _already_complete(output: Path, plan: BuildPlan, began: float) -> BuildReport:
@@ -208,7 +209,7 @@ def _assemble(
     reading = sum((mark.report for _, mark in marks), ReadReport())
     groups = group_shards(marks, JOIN_BELOW_TOKENS)
     if not groups:
-        shutil.rmtree(job.work)
+        shutil.rmtree(job.work, ignore_errors=True)
         reasons = ", ".join(f"{reason} {count}" for reason, count in reading.dropped.items())
         raise UserError(
             f"no document is left of {reading.files} files (dropped: {reasons or 'nothing'}); "

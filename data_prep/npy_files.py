@@ -7,6 +7,7 @@ check_npy     size and header against the manifest; the values are not read
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,7 +79,9 @@ class NpyStream:
 
     def abort(self) -> None:
         """Close the file and remove the partial; nothing happens after `finish`."""
-        self._file.close()
+        # On a full disk closing fails too, because it writes what is buffered.
+        with suppress(OSError):
+            self._file.close()
         self._partial.unlink(missing_ok=True)
 
 

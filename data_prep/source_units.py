@@ -211,7 +211,7 @@ def _split_large(
 
 
 def _line_starts(path: Path, wanted: Iterable[int]) -> list[int]:
-    """Find the first line start at or after each offset; none twice, none at the file's end."""
+    """Find the first line start at or after each offset; none twice, perhaps the file's end."""
     starts: list[int] = []
     position = 0
     with path.open("rb", buffering=0) as file:
@@ -228,8 +228,6 @@ def _line_starts(path: Path, wanted: Iterable[int]) -> list[int]:
                     starts.append(position)
                     break
                 position += len(block)
-    if starts and starts[-1] >= path.stat().st_size:
-        starts.pop()
     return starts
 
 

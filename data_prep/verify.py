@@ -5,7 +5,7 @@ check_contents    what the bytes mean: id range, no special ids, document ends, 
 verify            all of it, every damaged file in one message; then the rates of `roundtrip`
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +71,6 @@ def verify(
     folder: Path,
     sample_documents: int | None = 1000,
     num_threads: int = 1,
-    on_file: Callable[[int], None] = lambda num_bytes: None,
 ) -> VerifyReport:
     """Check a dataset completely.
 
@@ -79,7 +78,6 @@ def verify(
         folder: the dataset folder.
         sample_documents: documents of each split to decode and encode again; None for all.
         num_threads: files that are hashed at the same time.
-        on_file: told the bytes of each file that was checked.
 
     Returns:
         The report.
@@ -89,7 +87,7 @@ def verify(
         CorruptError: something is damaged; the message names every such file.
     """
     manifest, fingerprint = Manifest.load(folder)
-    problems = _check_in_parallel(folder, manifest, num_threads, on_file)
+    problems = _check_in_parallel(folder, manifest, num_threads)
     if problems:
         raise CorruptError(_summary(folder, problems))
     dataset = Dataset.open(folder)
@@ -112,19 +110,14 @@ def verify(
     )
 
 
-def _check_in_parallel(
-    folder: Path, manifest: Manifest, num_threads: int, on_file: Callable[[int], None]
-) -> list[str]:
-    items = [*manifest.shards, *manifest.files]
-
-    def check(item: ShardInfo | FileInfo) -> list[str]:
-        problems = list(check_files(folder, item))
-        is_shard = isinstance(item, ShardInfo)
-        on_file(4 * item.num_tokens + 8 * item.num_documents if is_shard else item.num_bytes)
-        return problems
-
+def _check_in_parallel(folder: Path, manifest: Manifest, num_threads: int) -> list[str]:
     with ThreadPoolExecutor(num_threads) as pool:
-        return [problem for problems in pool.map(check, items) for problem in problems]
+        found = pool.map(lambda item: list(check_files(folder, item)), _items(manifest))
+        return [problem for problems in found for problem in problems]
+
+
+def _items(manifest: Manifest) -> list[ShardInfo | FileInfo]:
+    return [*manifest.shards, *manifest.files]
 
 
 def check_files(folder: Path, item: ShardInfo | FileInfo) -> Iterator[str]:

@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from data_prep.errors import EXIT_USAGE, UserError
+from data_prep.errors import UserError
 from pipeline.train import run as run_training
 
 app = typer.Typer(
@@ -35,6 +36,24 @@ def train(
     raise typer.Exit(run_training([*(words or []), *context.args]))
 
 
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="For training.")
+    ] = None,
+) -> None:
+    """Go the whole way on the embedded corpus: text, tokenizer, shards, training, export, scores.
+
+    Takes some minutes on two CPU cores; run again after an interruption to go on.
+
+    Example: deberta demo --output demo
+    """
+    from pipeline.demo import Demo
+
+    Demo(output, overrides or []).run()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; what a user did wrong is told in one message, without a traceback.
 
@@ -49,3 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

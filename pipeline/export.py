@@ -1,13 +1,13 @@
 """From a commit to two Hugging Face repositories, whole and proven, or nothing.
 
-    1. commit        the newest valid one of a run, or the one that is named; every byte hashed
-    2. tokenizer     the dataset's, and the one that the commit was trained with
-    3. write         OUTPUT.partial/{discriminator,generator}, on disk
-    4. verify        transformers reloads both in a clean process (`export_verify`)
-    5. publish       rename to OUTPUT
+1. commit        the newest valid one of a run, or the one that is named; every byte hashed
+2. tokenizer     the dataset's, and the one that the commit was trained with
+3. write         OUTPUT.partial/{discriminator,generator}, on disk
+4. verify        transformers reloads both in a clean process (`export_verify`)
+5. publish       rename to OUTPUT
 
-    OUTPUT/discriminator/   config.json model.safetensors tokenizer files README.md
-    OUTPUT/generator/       pretraining_config.json, the same files in both
+OUTPUT/discriminator/   config.json model.safetensors tokenizer files README.md
+OUTPUT/generator/       pretraining_config.json, the same files in both
 """
 
 import dataclasses
@@ -268,11 +268,11 @@ def _write_repositories(
     for name, architecture in ARCHITECTURES.items():
         repository, network = partial / name, getattr(config, name)
         repository.mkdir()
+        values = repository_config(network, config.model.vocab_size, architecture, dtype)
+        _write_json(repository / "config.json", values)
         save_file(tensors[name], repository / WEIGHTS_FILE, metadata={"format": "pt"})
-        vocab_size = config.model.vocab_size
-        _write_json(
-            repository / "config.json", repository_config(network, vocab_size, architecture, dtype)
-        )
+        # safetensors lets only the owner read what it writes; the other files follow the umask.
+        shutil.copymode(repository / "config.json", repository / WEIGHTS_FILE)
         _write_json(repository / PRETRAINING_CONFIG, {**resolved, "export": export})
         _copy_tokenizer(tokenizer_folder, repository, network.max_position_embeddings)
         parameters = sum(tensor.numel() for tensor in tensors[name].values())

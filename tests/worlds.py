@@ -28,8 +28,16 @@ def command(config, deepspeed_json, dataset, folder, *words, ranks=1, launcher="
     """The command line of a training world."""
     module = ["pipeline.train"]
     start = {
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        + ["--nproc_per_node", str(ranks), "-m", *module],
+        "torchrun": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(ranks),
+            "-m",
+            *module,
+        ],
         "deepspeed": ["deepspeed", "--num_accelerators", str(ranks), "--module", *module],
         "mpirun": ["mpirun", "-n", str(ranks), sys.executable, "-m", *module],
         "python": [sys.executable, "-m", *module],

@@ -112,9 +112,7 @@ def evaluate_heldout(
         ids_BL, is_replaced_BL = corrupt(
             batch.input_ids_BL, slots.positions_BK, slots.valid_BK, mlm.drawn_BK
         )
-        rtd = discriminator(
-            ids_BL, token_embeddings(ids_BL), mask_BL, is_replaced_BL.float(), None
-        )
+        rtd = discriminator(ids_BL, token_embeddings(ids_BL), mask_BL, is_replaced_BL.float(), None)
         if is_real:
             is_token_BL = torch.ones_like(is_replaced_BL) if mask_BL is None else mask_BL
             sums.add(

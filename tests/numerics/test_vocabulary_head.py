@@ -128,6 +128,14 @@ def test_half_precision_weights_keep_fp32_logits(dtype):
         torch.testing.assert_close(left, right, rtol=0, atol=tolerance)
 
 
+def test_autocast_does_not_round_logits():
+    *weights, targets = inputs(torch.float32)
+    expected = head(*weights, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = head(*weights, targets)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
 def test_a_vocabulary_of_several_default_chunks():
     ids, slot = CHUNK_IDS + 5, torch.zeros(1, 1, dtype=torch.int64)
     bias = torch.zeros(ids).index_fill(0, torch.tensor([ids - 1]), 100.0)

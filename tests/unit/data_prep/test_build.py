@@ -1,5 +1,6 @@
 import hashlib
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -291,6 +292,24 @@ def test_foreign_folders_are_not_written_into(
             OPTIONS,
             inline_executor,
         )
+
+
+def test_a_full_disk_is_told_and_the_build_goes_on(
+    tiny_tokenizer, tmp_path, inline_executor, texts, jsonl
+):
+    jsonl(tmp_path / "a.jsonl", texts(2000, seed=10))
+    arguments = ([str(tmp_path / "a.jsonl")], tiny_tokenizer, tmp_path / "d", BuildOptions())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Enough for the tokenizer, not for the tokens.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(File too large\); make room"):
+            build(*arguments, inline_executor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "d").rglob("*.partial"))
+    report = build(*arguments, inline_executor)
+    assert report.manifest.num_documents() == 2000
 
 
 def test_the_output_may_not_lie_in_a_source(tiny_corpus, tiny_tokenizer, inline_executor):

@@ -1,10 +1,12 @@
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -209,6 +211,26 @@ def test_control_c_stops_at_once_and_says_how_to_go_on(texts, jsonl, tiny_tokeni
     assert process.returncode == 130, err
     assert "interrupted; run the same command to go on with d" in err
     assert "Traceback" not in out + err
+
+
+def test_a_terminal_gets_a_bar(tiny_corpus, tiny_tokenizer, tmp_path):
+    terminal, ours = pty.openpty()
+    words = ["build", tiny_corpus, "--tokenizer", tiny_tokenizer, "--output", tmp_path / "d"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_prep", *map(str, words)],
+        stdout=subprocess.DEVNULL,
+        stderr=ours,
+    )
+    os.close(ours)
+    shown = b""
+    # Reading a terminal that everybody has left is an error, not an end.
+    with suppress(OSError), os.fdopen(terminal, "rb", buffering=0) as file:
+        while piece := file.read(4096):
+            shown += piece
+    assert process.wait() == 0
+    assert "\u2501".encode() in shown
+    assert b" tokens" in shown
+    assert b"build: " not in shown
 
 
 def test_odd_datasets_are_warned_about(tiny_dataset, tmp_path):

@@ -83,6 +83,7 @@ def test_jsonl_gives_the_text_field(tmp_path):
         (b'{"text": null}', "text is not a string", '"text" is NoneType'),
         (b'{"text": ["a"]}', "text is not a string", '"text" is list'),
         (b'{"text": "a", "text": "b"}', "field given twice", '"text"'),
+        (b'{"text": 1, "text": "b", "m": {"text": 1}}', "field given twice", '"text"'),
         (b'{"text": "a\xff"}', "invalid UTF-8", "byte 0xff at offset 11"),
         (b'{"text": ""}', "empty text", ""),
         (b'{"text": " \\n\\u3000"}', "empty text", ""),
@@ -99,6 +100,13 @@ def test_a_malformed_json_line_is_counted_with_its_place(tmp_path, line, reason,
     [told] = report.lines()
     assert told.startswith(f"{tmp_path}/a.jsonl: line 2: {reason}")
     assert detail in told
+
+
+def test_only_the_outermost_field_must_be_unique(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"m": {"text": 1, "text": 2}, "text": "the \\"text\\""}')
+    [document], report = read(tmp_path)
+    assert document.text == 'the "text"'
+    assert report.dropped == {}
 
 
 def test_lone_surrogates_come_through_for_the_cleaning(tmp_path):
@@ -183,11 +191,15 @@ def test_a_malformed_txt_is_counted(tmp_path, content, dropped, line):
     assert line is None or line in next(iter(report.lines()))
 
 
-@pytest.mark.parametrize("options", [ReadOptions(), LINES], ids=["file", "line"])
-def test_a_byte_order_mark_is_removed_once(tmp_path, options):
-    (tmp_path / "a.txt").write_text("\ufeffone\ufeff", encoding="utf-8")
-    [document], report = read(tmp_path, options)
-    assert document.text == "one\ufeff"
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [(DEFAULT, ["one\n\ufefftwo"]), (LINES, ["one", "\ufefftwo"])],
+    ids=["file", "line"],
+)
+def test_a_byte_order_mark_is_removed_at_the_start_only(tmp_path, options, texts):
+    (tmp_path / "a.txt").write_text("\ufeffone\n\ufefftwo", encoding="utf-8")
+    documents, report = read(tmp_path, options)
+    assert [document.text for document in documents] == texts
     assert report.notes == {"byte order mark removed": 1}
 
 
@@ -291,6 +303,20 @@ print(size, report.total_dropped, peak_kib)
 """
 
 
+def probe_memory(source, mode) -> tuple[int, int]:
+    """Read a source in a process of its own; its peak stays below 250 MiB."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROBE, str(source), mode],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    size, dropped, peak_kib = map(int, result.stdout.split())
+    assert peak_kib < 250 << 10
+    return size, dropped
+
+
 @pytest.mark.parametrize(
     ("name", "head", "word", "tail", "mode", "expected"),
     [
@@ -304,16 +330,15 @@ print(size, report.total_dropped, peak_kib)
 def test_memory_stays_bounded_on_a_50_mb_line(tmp_path, name, head, word, tail, mode, expected):
     data = head + word * 10_000_000 + tail
     (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY_PROBE, str(tmp_path / name), mode],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    size, dropped, peak_kib = map(int, result.stdout.split())
-    assert (size, dropped) == expected
-    assert peak_kib < 250 << 10
+    assert probe_memory(tmp_path / name, mode) == expected
+
+
+def test_a_packed_bomb_is_unpacked_in_bounded_memory(tmp_path):
+    packer = zstandard.ZstdCompressor().compressobj()
+    parts = [packer.compress(b"a" * (1 << 20)) for _ in range(512)]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(parts) + packer.flush())
+    assert (tmp_path / "a.jsonl").stat().st_size < 100_000
+    assert probe_memory(tmp_path / "a.jsonl", "file") == (0, 1)
 
 
 def test_the_embedded_corpus_is_whole_and_is_text():

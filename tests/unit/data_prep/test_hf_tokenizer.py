@@ -34,6 +34,8 @@ PROBES = [
     "\x85edges\x85",
     "\u2581literal \u2581 marks\u2581",
     "a\x00b\x07c\x7fd",
+    "\uff3bMASK\uff3d \uff3bCLS\uff3d \uff3bUNK\uff3d",
+    "<0x41> <0x0A><0x00>",
 ]
 
 
@@ -42,7 +44,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer") / "made"
     paths = sorted(embedded_corpus().iterdir())[:10]
     texts = [path.read_text(encoding="utf-8") for path in paths]
-    train_tokenizer(texts, folder, TrainingOptions(vocab_size=3000))
+    train_tokenizer([*texts, "< > [ ] " * 500], folder, TrainingOptions(vocab_size=3000))
     return folder
 
 
@@ -86,7 +88,7 @@ def test_no_text_gives_other_ids_for_an_unknown_reason(folder, text):
 
 def test_the_three_classes_are_told_apart(folder):
     texts = {
-        "literal": ["say [MASK]", "[CLS]", "<0x41>"],
+        "literal": ["say [MASK]", "[CLS]", "x[PAD]y"],
         "marks": ["a\u0300\u0301\u0325", "\u00bd\u0301"],
     }
     report = compare_tokenizers(folder, [*texts["literal"], *texts["marks"], "plain"])
@@ -120,7 +122,7 @@ def test_a_wrong_normalizer_is_found(folder, tmp_path):
     assert report.other >= 6
 
 
-@pytest.mark.parametrize(("gap", "kind"), [(0.0, "tie"), (0.5, "other")])
+@pytest.mark.parametrize(("gap", "kind"), [(0.0, "tie"), (0.001, "other")])
 def test_a_difference_is_a_tie_only_if_the_scores_are_equal(folder, tmp_path, gap, kind):
     tokenizer = Tokenizer.load(folder)
     pieces = tokenizer.pieces(range(260, 2000))
@@ -235,7 +237,7 @@ def test_other_normalizations_give_the_same_ids_too(folder, tmp_path, rule):
     (tmp_path / "spm.model").write_bytes(model.getvalue())
     write_hf_tokenizer(tmp_path / "spm.model", tmp_path)
     report = compare_tokenizers(tmp_path, PROBES + lines)
-    assert report.mismatches == report.literals <= 1
+    assert report.mismatches == report.literals <= 3
 
 
 def test_a_broken_file_is_refused(folder, tmp_path):

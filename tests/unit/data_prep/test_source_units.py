@@ -90,6 +90,16 @@ def test_a_line_longer_than_the_target_is_one_unit(tmp_path):
     assert [(p.start, p.end) for unit in units for p in unit.parts] == [(0, 1007), (1007, 1013)]
 
 
+def test_ranges_end_at_the_first_line_end_from_the_target_on(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"123456789\n" * 10 + b"1234\n" * 2 + b"end\n")
+    units = plan_units([str(tmp_path)], LINES, target_bytes=40)
+    ranges = [(p.start, p.end) for unit in units for p in unit.parts]
+    assert ranges == [(0, 40), (40, 80), (80, 114)]
+    units = plan_units([str(tmp_path)], LINES, target_bytes=37)
+    ranges = [(p.start, p.end) for unit in units for p in unit.parts]
+    assert ranges == [(0, 40), (40, 80), (80, 114)]
+
+
 def test_a_compressed_file_is_one_unit_whatever_its_name(tmp_path):
     packed = gzip.compress(bytes(range(256)) * 40, compresslevel=0)
     (tmp_path / "a.txt").write_bytes(packed)

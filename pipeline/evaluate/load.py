@@ -1,0 +1,136 @@
+"""What a MODEL on the command line can be, and the two things that evaluation makes of it.
+
+a run folder, one of its commits     networks from the commit; exported first for fine-tuning
+an export, or one of its folders     networks rebuilt from both repositories
+any DeBERTa-v2/v3 repository         for fine-tuning: config.json, weights and spm.model
+
+load_pretrained        both networks in fp32, for held-out figures
+encoder_repository     a folder that transformers loads, for fine-tuning
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.errors import UserError
+from pipeline.assemble import load_commit_weights
+from pipeline.config import RunConfig
+from pipeline.config_files import read_json
+from pipeline.config_loading import load_run_config
+from pipeline.export import PRETRAINING_CONFIG, export_run, find_commit
+from pipeline.hf_layout import networks_from_tensors, read_tensors
+from pipeline.modeling.networks import Discriminator, Generator
+
+_REPOSITORIES = ("discriminator", "generator")
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """Both networks of a run at some step, in fp32 on the CPU."""
+
+    source: Path
+    """The commit or export that was read."""
+    config: RunConfig
+    generator: Generator
+    discriminator: Discriminator
+    step: int
+    micro_batch_size: int
+    """Sequences in a forward pass of the training."""
+    tokenizer_fingerprint: str
+
+
+def load_pretrained(model: Path) -> PretrainedModel:
+    """Load both networks.
+
+    Args:
+        model: A run folder (its newest valid commit), a commit, an export, or a folder of one.
+
+    Returns:
+        The networks and what evaluation must know of their training.
+
+    Raises:
+        UserError: The path is none of these.
+        CorruptError: A file is damaged.
+    """
+    root = _export_root(model)
+    if root is None:
+        return _from_commit(model)
+    missing = [n for n in _REPOSITORIES if not (root / n / PRETRAINING_CONFIG).is_file()]
+    if missing:
+        raise UserError(
+            f"{root / missing[0]} is missing: held-out figures need the discriminator and the "
+            "generator of an export side by side; fine-tuning (--train, --test) needs one of them"
+        )
+    tensors = {name: read_tensors(root / name) for name in _REPOSITORIES}
+    document = root / "discriminator" / PRETRAINING_CONFIG
+    config, values = load_run_config(str(document)), read_json(document)
+    if "export" not in values:
+        raise UserError(f"{document}: the block `export` is missing; export the run again")
+    generator, discriminator = networks_from_tensors(config, tensors)
+    return PretrainedModel(
+        root,
+        config,
+        generator,
+        discriminator,
+        step=values["export"]["step"],
+        micro_batch_size=values["batch"]["train_micro_batch_size_per_gpu"],
+        tokenizer_fingerprint=values["export"]["tokenizer_fingerprint"],
+    )
+
+
+def _from_commit(model: Path) -> PretrainedModel:
+    """Load the networks of a run or commit."""
+    commit = find_commit(model)
+    document = commit.path / "config.resolved.json"
+    config = load_run_config(str(document))
+    generator, discriminator = load_commit_weights(commit, config)
+    return PretrainedModel(
+        commit.path,
+        config,
+        generator,
+        discriminator,
+        step=commit.step,
+        micro_batch_size=read_json(document)["batch"]["train_micro_batch_size_per_gpu"],
+        tokenizer_fingerprint=commit.read_json("train_state.json")["identity"][
+            "tokenizer_fingerprint"
+        ],
+    )
+
+
+def _export_root(model: Path) -> Path | None:
+    """Find the folder that holds both repositories; None for what is no export."""
+    if (model / PRETRAINING_CONFIG).is_file():
+        return model.resolve().parent
+    is_root = any((model / name / PRETRAINING_CONFIG).is_file() for name in _REPOSITORIES)
+    return model if is_root else None
+
+
+@contextmanager
+def encoder_repository(model: Path, dataset: Path | None = None) -> Iterator[Path]:
+    """Provide a folder that transformers loads as an encoder.
+
+    Args:
+        model: A run folder or commit (exported to a temporary folder first), an export, or a
+            folder with config.json and spm.model.
+        dataset: For a run or commit, where its dataset is now.
+
+    Yields:
+        The folder; of an export it is the discriminator's, unless the generator's was named.
+
+    Raises:
+        UserError: The path is none of these.
+        CorruptError: A file is damaged.
+    """
+    if (model / "discriminator" / "config.json").is_file():
+        yield model / "discriminator"
+    elif (model / "config.json").is_file():
+        if not (model / "spm.model").is_file():
+            raise UserError(f"{model / 'spm.model'} is missing: text cannot be tokenized without")
+        yield model
+    else:
+        with tempfile.TemporaryDirectory(prefix="deberta-evaluate-") as folder:
+            output = Path(folder) / "export"
+            export_run(model, output, dataset=dataset)
+            yield output / "discriminator"

@@ -1,0 +1,226 @@
+"""The masking laws: exact counts, every position alike, and the released code's law, tail included."""
+
+import random
+
+import pytest
+import torch
+
+from pipeline.counter_rng import sample_words, stream_key
+from pipeline.masking import choose_masks, num_masked_slots
+
+SPECIAL = (0, 1, 2, 3, 60)  # pad, cls, sep, unk, mask
+MASK_ID = 60
+KEY = stream_key(7, "mask/test")
+LAWS = ["uniform", "windowed"]
+
+
+def words(samples, epoch=0):
+    return torch.tensor([sample_words(epoch, sample) for sample in samples])
+
+
+def sequences(lengths, width, specials_inside=0):
+    """[CLS], ordinary tokens with some [UNK] among them, [SEP], padding."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, MASK_ID, (len(lengths), width), generator=generator)
+    for row, length in zip(ids, lengths, strict=True):
+        inside = torch.randperm(length - 2, generator=generator)[:specials_inside] + 1
+        row[inside] = 3
+        row[0], row[length - 1] = 1, 2
+        row[length:] = 0
+    return ids, torch.tensor(lengths)
+
+
+def masked(ids, lengths, samples, law="uniform", mask_prob=0.15, key=KEY):
+    return choose_masks(
+        ids,
+        lengths,
+        samples,
+        key=key,
+        mask_prob=mask_prob,
+        law=law,
+        special_ids=SPECIAL,
+        mask_id=MASK_ID,
+    )
+
+
+def full(count, length=512, law="uniform", mask_prob=0.15):
+    """The positions chosen in `count` full sequences, bool [count, length]."""
+    ids, lengths = sequences([length] * count, length)
+    batch = masked(ids, lengths, words(range(count)), law, mask_prob)
+    return batch.masked_ids_BL == MASK_ID
+
+
+@pytest.mark.parametrize(
+    ("length", "mask_prob", "expected"),
+    [(512, 0.15, 77), (256, 0.15, 38), (128, 0.15, 19), (8, 0.15, 1), (8, 0.01, 1), (10, 0.5, 5)],
+)
+def test_number_of_slots(length, mask_prob, expected):
+    assert num_masked_slots(length, mask_prob) == expected
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_every_full_sequence_has_exactly_77_masks(law):
+    assert (full(200, law=law).sum(1) == 77).all()
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("mask_prob", [0.1, 0.15, 0.3, 0.5])
+def test_the_batch_is_consistent(law, mask_prob):
+    lengths = [40, 39, 22, 9, 3, 40]
+    ids, lengths_B = sequences(lengths, 40, specials_inside=1)
+    batch = masked(ids, lengths_B, words(range(6)), law, mask_prob)
+    assert batch.positions_BK.shape == (6, num_masked_slots(40, mask_prob))
+    for row, length in enumerate(lengths):
+        maskable = [p for p in range(length) if ids[row, p] not in SPECIAL]
+        quota = max(1, round(mask_prob * length))
+        if law == "windowed":
+            quota = min(quota, -(-len(maskable) // int(1 / mask_prob)))
+        chosen = batch.positions_BK[row][batch.valid_BK[row]].tolist()
+        assert len(chosen) == min(quota, len(maskable))
+        assert chosen == sorted(set(chosen) & set(maskable))
+        expected = ids[row].clone()
+        expected[chosen] = MASK_ID
+        assert torch.equal(batch.masked_ids_BL[row], expected)
+        assert batch.targets_BK[row][batch.valid_BK[row]].tolist() == ids[row, chosen].tolist()
+    # Unused slots come last and point at a place that exists.
+    assert (batch.valid_BK.long().diff(dim=1) <= 0).all()
+    assert (batch.positions_BK[~batch.valid_BK] == 0).all()
+
+
+def test_a_sequence_without_maskable_tokens_has_no_slot():
+    ids = torch.tensor([[1, 3, 60, 2, 0, 0, 0, 0]])
+    for law in LAWS:
+        batch = masked(ids, torch.tensor([4]), words([0]), law)
+        assert not batch.valid_BK.any()
+        assert torch.equal(batch.masked_ids_BL, ids)
+
+
+def test_uniform_reaches_every_position_equally_often():
+    count, length = 20_000, 64
+    chosen = full(count, length)
+    maskable, slots = length - 2, num_masked_slots(length, 0.15)
+    share = slots / maskable
+    times = chosen[:, 1:-1].sum(0).double()
+    assert not chosen[:, [0, -1]].any()
+    deviation = (times - count * share) / (count * share * (1 - share)) ** 0.5
+    assert deviation.abs().max() < 5
+    # 62 correlated counts whose sum is fixed: chi-square of 61 degrees, mean 61, deviation 11.
+    assert 61 - 5 * 11 < (deviation.square().sum() * 61 / 62).item() < 61 + 5 * 11
+
+
+def test_uniform_chooses_neighbours_as_often_as_strangers():
+    count, length = 20_000, 22
+    chosen = full(count, length)[:, 1:-1].double()  # 3 of 20
+    together = chosen.T @ chosen
+    expected = count * 3 / 20 * 2 / 19
+    off_diagonal = together[~torch.eye(20, dtype=torch.bool)]
+    assert ((off_diagonal - expected).abs() < 5 * expected**0.5).all()
+
+
+def test_windowed_never_masks_the_tail():
+    chosen = full(4_000, law="windowed")
+    times = chosen.sum(0)
+    # 77 windows of 6 behind [CLS]: facts 3.1, positions 463 to 510 are never masked.
+    assert (times[463:] == 0).all()
+    assert times[0] == 0
+    expected, sigma = 4_000 / 6, (4_000 * 1 / 6 * 5 / 6) ** 0.5
+    assert ((times[1:463] - expected).abs() < 5 * sigma).all()
+
+
+@pytest.mark.parametrize(("length", "first_bare"), [(512, 463), (256, 229), (128, 115)])
+def test_windowed_tail_begins_where_the_original_s_does(length, first_bare):
+    times = full(500, length, "windowed").sum(0)
+    assert times[first_bare - 1] > 0
+    assert times[first_bare:].sum() == 0
+
+
+def released_law(tokens, mask_prob, rng):
+    """NGramMaskGenerator.mask_tokens with n-grams of 1 (DeBERTa, mlm_task.py), statement for
+    statement, with its `rng.randint` and without its replacement of the token."""
+    max_predictions = -(-int(mask_prob * 512) // 10) * 10
+    num_to_predict = min(max_predictions, max(1, round(mask_prob * len(tokens))))
+    window = int(1 / mask_prob)
+    unigrams = [index for index, token in enumerate(tokens) if token not in SPECIAL]
+    is_chosen = [False] * len(unigrams)
+    offset = 0
+    while offset < len(unigrams):
+        context = min(window, len(unigrams) - offset)
+        is_chosen[offset + rng.randint(0, context - 1)] = True
+        offset += context
+    chosen = []
+    for index, take in zip(unigrams, is_chosen, strict=True):
+        if take:
+            chosen.append(index)
+            if len(chosen) >= num_to_predict:
+                break
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("length", "padded_to", "unknown"), [(30, 30, 0), (20, 30, 4), (9, 30, 0), (30, 30, 9)]
+)
+def test_windowed_is_the_released_law(length, padded_to, unknown):
+    """Equal probability for every set of positions: with small counts all sets can be listed."""
+    count = 12_000
+    ids, _ = sequences([length], padded_to, unknown)
+    batch = masked(
+        ids.expand(count, -1), torch.full((count,), length), words(range(count)), "windowed"
+    )
+    ours, theirs = {}, {}
+    for positions, valid in zip(batch.positions_BK.tolist(), batch.valid_BK.tolist(), strict=True):
+        chosen = tuple(p for p, v in zip(positions, valid, strict=True) if v)
+        ours[chosen] = ours.get(chosen, 0) + 1
+    rng = random.Random(0)
+    for _ in range(count):
+        chosen = tuple(released_law(ids[0, :length].tolist(), 0.15, rng))
+        theirs[chosen] = theirs.get(chosen, 0) + 1
+    assert {len(chosen) for chosen in ours} == {len(chosen) for chosen in theirs}
+    for position in range(padded_to):
+        a, b = (
+            sum(times for chosen, times in sets.items() if position in chosen)
+            for sets in (ours, theirs)
+        )
+        assert abs(a - b) <= 5 * (a + b + 1) ** 0.5, position
+    if len(ours) < 300:  # often enough each to be compared one by one
+        for chosen in ours.keys() | theirs.keys():
+            a, b = ours.get(chosen, 0), theirs.get(chosen, 0)
+            assert abs(a - b) <= 5 * (a + b + 1) ** 0.5, chosen
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_sequence_s_masks_do_not_depend_on_its_batch(law):
+    ids, lengths = sequences([24, 24, 17, 24], 24)
+    together = masked(ids, lengths, words([5, 2**35, 9, 1]), law)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = masked(ids[order], lengths[order], words([5, 2**35, 9, 1])[order], law)
+    for row in range(4):
+        alone = masked(ids[row : row + 1], lengths[row : row + 1], words([5, 2**35, 9, 1])[row : row + 1], law)
+        for whole, single in zip(together, alone, strict=True):
+            assert torch.equal(whole[row : row + 1], single)
+    for whole, moved in zip(together, shuffled, strict=True):
+        assert torch.equal(whole[order], moved)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_masks_differ_by_sample_epoch_and_stream(law):
+    ids, lengths = sequences([64] * 4, 64)
+    ids[:] = ids[0]
+    samples = torch.tensor([sample_words(*i) for i in ((0, 0), (0, 1), (1, 0), (0, 2**32))])
+    here = masked(ids, lengths, samples, law).masked_ids_BL
+    assert len({tuple(row) for row in here.tolist()}) == 4
+    other = masked(ids, lengths, samples, law, key=stream_key(8, "mask/test")).masked_ids_BL
+    assert not any(torch.equal(a, b) for a, b in zip(here, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("law", "expected"),
+    [
+        ("uniform", [[7, 9, 17, 18, 22, 23], [1, 6, 16, 17, 22, 0]]),
+        ("windowed", [[6, 7, 14, 22, 25, 36], [4, 8, 16, 20, 27, 0]]),
+    ],
+)
+def test_golden_positions(law, expected):
+    """A change here changes every run: it needs a new major version."""
+    ids, lengths = sequences([40, 31], 40)
+    samples = torch.tensor([sample_words(0, 0), sample_words(3, 2**33 + 5)])
+    assert masked(ids, lengths, samples, law).positions_BK.tolist() == expected
