@@ -102,7 +102,7 @@ class Tokenizer:
 
     def _check_layout(self) -> None:
         found = tuple(self._processor.id_to_piece(n) for n in range(min(4, self.num_pieces)))
-        if found != CONTROL_PIECES or self._processor.unk_id() != self.unk_id:
+        if found != CONTROL_PIECES:
             raise UserError(
                 f"{self._name} starts with the pieces {' '.join(found)}; DeBERTa's layout is "
                 f"{' '.join(CONTROL_PIECES)}: train one with `deberta-prep train-tokenizer`"

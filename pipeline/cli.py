@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from data_prep.errors import UserError
+from pipeline.commands_evaluate import evaluate_command
+from pipeline.commands_export import export_command
 from pipeline.train import run as run_training
 
 app = typer.Typer(
@@ -34,6 +36,10 @@ def train(
 ) -> None:
     """Train in this process; `deberta train --help` for more."""
     raise typer.Exit(run_training([*(words or []), *context.args]))
+
+
+app.command("export")(export_command)
+app.command("evaluate")(evaluate_command)
 
 
 @app.command()

@@ -250,7 +250,7 @@ def _count_ties(network: str, answer: dict[str, Any], tokenizer: Tokenizer) -> i
         if not _is_tie(tokenizer, expected, found[1:-1]):
             raise UserError(
                 f"the exported {network}'s tokenizer.json gives other ids than spm.model on "
-                f"{ascii(text[:80])}; nothing was exported. Build the dataset again"
+                f"{text[:80]!a}; nothing was exported. Build the dataset again"
             )
         ties += 1
     return ties

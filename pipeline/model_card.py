@@ -49,8 +49,9 @@ model = AutoModelForMaskedLM.from_pretrained("PATH/generator")
 **Fill-mask predictions of this class are not the trained ones.** The generator predicts through an
 enhanced mask decoder: the last layer is applied twice, to queries that start as the states of the
 layer before plus `position_embeddings`. transformers has no such decoder: it leaves the position
-table out and applies the head to the last layer's states. The encoder is the trained one. The trained predictions are those of `pipeline.modeling.networks.Generator`, which
-`pipeline.evaluate.load.load_pretrained` builds from this folder.
+table out and applies the head to the last layer's states. The encoder is the trained one. For the
+trained predictions use `pipeline.modeling.networks.Generator`; `load_pretrained` of
+`pipeline.evaluate.load` builds it from this folder and its sister `discriminator`.
 """
 
 _TRAINING = """

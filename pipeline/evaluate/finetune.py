@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
 from pipeline.evaluate.heldout_model import choose_device
-from pipeline.evaluate.labelled import Columns, TaskKind, task_kind
+from pipeline.evaluate.labelled import DEFAULT_COLUMNS, Columns, TaskKind, task_kind
 from pipeline.evaluate.load import encoder_repository
 from pipeline.evaluate.tasks import IGNORED, Feature, Scores, Task, build_task, read_task
 
@@ -112,8 +112,8 @@ def finetune(
     train: Path,
     test: Path,
     *,
-    options: FinetuneOptions = FinetuneOptions(),  # noqa: B008 (frozen)
-    columns: Columns = Columns(),  # noqa: B008 (frozen)
+    options: FinetuneOptions = FinetuneOptions(),
+    columns: Columns = DEFAULT_COLUMNS,
     task: TaskKind | None = None,
     dataset: Path | None = None,
     say: Callable[[str], None] = lambda _: None,

@@ -1,4 +1,4 @@
-"""Held-out figures of a finished model, in one process: those that training logs, from fp32 weights.
+"""Held-out figures of a finished model: those that training logs, in one process.
 
 Sequences, masks and draws are functions of the run's seed, so that the figures of a commit are
 those of its row in metrics.jsonl: to rounding where training computed in fp32, and without the

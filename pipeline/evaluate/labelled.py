@@ -39,6 +39,9 @@ class Columns:
     text_pair: str | None = None
 
 
+DEFAULT_COLUMNS = Columns()
+
+
 @dataclass(frozen=True)
 class LabelledText:
     """One example of a classification task."""

@@ -10,6 +10,7 @@ Tagging puts a word's tag on its first piece; a long sentence is cut between wor
 word is predicted.
 """
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -165,21 +166,23 @@ def _number_labels(
 
 def _classification(files: TaskFiles, tokenizer: Tokenizer, max_length: int) -> Task:
     """Tokenize texts or pairs of texts."""
-    features, num_truncated = [], 0
-    for examples in (files.train, files.test):
-        here = []
+    num_truncated = 0
+
+    def features(examples: Sequence[LabelledText]) -> Iterator[Feature]:
+        nonlocal num_truncated
         for example in examples:
             ids, is_cut = _sequence(tokenizer, example, max_length)
             num_truncated += is_cut
-            here.append(Feature(ids, (files.numbers[example.label],)))
-        features.append(tuple(here))
+            yield Feature(ids, (files.numbers[example.label],))
+
+    train, test = tuple(features(files.train)), tuple(features(files.test))
     majority = Counter(e.label for e in files.train).most_common(1)[0][0]
     gold = [e.label for e in files.test]
     baselines = {
         "majority class": _scores(gold, [majority] * len(gold), ()),
         "TF-IDF + logistic regression": _scores(gold, _tfidf(files.train, files.test), ()),
     }
-    return Task("classification", tuple(files.numbers), *features, (), num_truncated, baselines)
+    return Task("classification", tuple(files.numbers), train, test, (), num_truncated, baselines)
 
 
 def _sequence(
@@ -218,22 +221,24 @@ def _tfidf(train: Sequence[LabelledText], test: Sequence[LabelledText]) -> list[
 def _tagging(files: TaskFiles, tokenizer: Tokenizer, max_length: int) -> Task:
     """Tokenize sentences word by word."""
     room = max_length - 2
-    features, num_truncated = [], 0
-    for sentences in (files.train, files.test):
-        here: list[Feature] = []
+    num_truncated = 0
+
+    def features(sentences: Sequence[TaggedSentence]) -> Iterator[Feature]:
+        nonlocal num_truncated
         for sentence in sentences:
             # An empty piece list (a word of zero-width characters) must not lose its tag.
             pieces = [ids or [tokenizer.unk_id] for ids in tokenizer.encode_batch(sentence.words)]
             num_truncated += sum(len(ids) > room for ids in pieces)
             labels = [files.numbers[tag] for tag in sentence.tags]
-            here += _windows(tokenizer, pieces, labels, room)
-        features.append(tuple(here))
+            yield from _windows(tokenizer, pieces, labels, room)
+
+    train, test = tuple(features(files.train)), tuple(features(files.test))
     gold = [tag for sentence in files.test for tag in sentence.tags]
     marks_spans = are_bio_tags(files.numbers)
     lengths = tuple(len(s.words) for s in files.test) if marks_spans else ()
     guesses = _most_frequent_tags(files.train, files.test)
     baselines = {"most frequent tag of the word": _scores(gold, guesses, lengths)}
-    return Task("tagging", tuple(files.numbers), *features, lengths, num_truncated, baselines)
+    return Task("tagging", tuple(files.numbers), train, test, lengths, num_truncated, baselines)
 
 
 def _windows(
@@ -279,7 +284,7 @@ def _scores(gold: Sequence[str], predicted: Sequence[str], lengths: Sequence[int
 
     scores = {
         "accuracy": float(accuracy_score(gold, predicted)),
-        "macro_f1": float(f1_score(gold, predicted, average="macro", zero_division=0)),
+        "macro_f1": float(f1_score(gold, predicted, average="macro")),
     }
     if lengths:
         scores["span_f1"] = span_f1(_divided(gold, lengths), _divided(predicted, lengths))
@@ -288,7 +293,5 @@ def _scores(gold: Sequence[str], predicted: Sequence[str], lengths: Sequence[int
 
 def _divided(tags: Sequence[str], lengths: Sequence[int]) -> list[Sequence[str]]:
     """Give every sentence its tags."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return [tags[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+    ends = list(itertools.accumulate(lengths, initial=0))
+    return [tags[start:end] for start, end in itertools.pairwise(ends)]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep import source_units
 from data_prep.documents import ReadOptions, ReadReport, Unit, plan_units, read_unit
 from data_prep.errors import UserError
 
@@ -32,6 +33,14 @@ def test_small_files_share_units_and_sources_do_not(tmp_path, monkeypatch):
         ["b/1.txt"],
     ]
     assert [unit.num_bytes for unit in units] == [80, 40, 10]
+
+
+def test_a_unit_of_tiny_files_is_bounded_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(source_units, "_MAX_PARTS", 3)
+    for n in range(7):
+        (tmp_path / f"{n}.txt").touch()
+    units = plan_units([str(tmp_path)], ReadOptions())
+    assert [len(unit.parts) for unit in units] == [3, 3, 1]
 
 
 def test_the_plan_does_not_depend_on_the_order_of_creation(tmp_path):
