@@ -1,4 +1,4 @@
-"""The errors that are meant for people; both packages raise them and only the entry points catch them.
+"""The errors that are meant for people: both packages raise them, only entry points catch them.
 
 A message names the file, the key or the number, and then the cure. Everything else that is
 raised is a programmer's mistake and keeps its traceback.

@@ -100,97 +100,41 @@ class Demo:
             UserError: A stage failed; the message names it and its log.
         """
         self.prepare_folder()
-        words = ["--txt-document", "line"]
-        self.command(
-            "tokenizer",
-            [
-                "deberta-prep",
-                "train-tokenizer",
-                str(self.corpus),
-                "--output",
-                str(self.tokenizer),
-                "--vocab-size",
-                str(NUM_PIECES),
-                *words,
-            ],
-            done=self.tokenizer.exists,
-        )
-        self.command(
-            "dataset",
-            [
-                "deberta-prep",
-                "build",
-                str(self.corpus),
-                "--tokenizer",
-                str(self.tokenizer),
-                "--output",
-                str(self.dataset),
-                "--workers",
-                "2",
-                "--heldout-fraction",
-                str(HELDOUT_FRACTION),
-                *words,
-            ],
-        )
-        self.command(
-            "training",
-            [
-                "deberta",
-                "train",
-                "--config",
-                "demo",
-                "--deepspeed_config",
-                str(self.output / "deepspeed.json"),
-                f"data.path={self.dataset}",
-                f"run.folder={self.run_folder}",
-                *self.overrides,
-            ],
-            show=True,
-        )
-        self.command(
-            "export", ["deberta", "export", str(self.run_folder), str(self.export), "--force"]
-        )
+        self.prepare_data()
+        deepspeed_json = str(self.output / "deepspeed.json")
+        paths = (f"data.path={self.dataset}", f"run.folder={self.run_folder}")
+        train = ["deberta", "train", "--config", "demo", "--deepspeed_config", deepspeed_json]
+        self.command("training", [*train, *paths, *self.overrides], show=True)
+        export = ["deberta", "export", str(self.run_folder), str(self.export), "--force"]
+        self.command("export", export)
         loading = LOADING.format(path=self.model)
         self.stage("loading", lambda log: _run([sys.executable, "-c", loading], log))
-        self.command(
-            "held-out",
-            [
-                "deberta",
-                "evaluate",
-                str(self.export),
-                "--dataset",
-                str(self.dataset),
-                "--output",
-                str(self.output / "heldout.json"),
-            ],
-        )
-        train_file, test_file = self.write_task()
-        self.command(
-            "fine-tuning",
-            [
-                "deberta",
-                "evaluate",
-                str(self.export),
-                "--train",
-                str(train_file),
-                "--test",
-                str(test_file),
-                "--seeds",
-                "2",
-                "--epochs",
-                "3",
-                "--max-length",
-                "128",
-                "--learning-rate",
-                "3e-4",
-                "--output",
-                str(self.output / "finetuning.json"),
-            ],
-        )
+        self.evaluate()
         figures = self.figures()
         write_durably(self.output / "figures.json", to_json(figures))
         self.report(figures, loading)
         return figures
+
+    def prepare_data(self) -> None:
+        """Train the tokenizer and build the dataset, a paragraph a document."""
+        corpus, paragraphs = str(self.corpus), ("--txt-document", "line")
+        train = ["deberta-prep", "train-tokenizer", corpus, "--output", str(self.tokenizer)]
+        size = ("--vocab-size", str(NUM_PIECES))
+        self.command("tokenizer", [*train, *size, *paragraphs], done=self.tokenizer.exists)
+        build = ["deberta-prep", "build", corpus, "--tokenizer", str(self.tokenizer)]
+        options = ("--workers", "2", "--heldout-fraction", str(HELDOUT_FRACTION), *paragraphs)
+        self.command("dataset", [*build, "--output", str(self.dataset), *options])
+
+    def evaluate(self) -> None:
+        """Measure the exported model on the held-out split and on a labelled task."""
+        evaluate = ["deberta", "evaluate", str(self.export)]
+        output = ("--output", str(self.output / "heldout.json"))
+        self.command("held-out", [*evaluate, "--dataset", str(self.dataset), *output])
+        train_file, test_file = self.write_task()
+        files = ("--train", str(train_file), "--test", str(test_file))
+        options = ("--seeds", "2", "--epochs", "3", "--max-length", "128")
+        output = ("--output", str(self.output / "finetuning.json"))
+        self.command("fine-tuning", [*evaluate, *files, *options, *output])
 
     def command(
         self,

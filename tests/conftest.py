@@ -97,6 +97,26 @@ def vocab_size(dataset_folder):
     return Dataset.open(dataset_folder).manifest.vocab_size
 
 
+@pytest.fixture(scope="session")
+def world():
+    """A world of this process alone; a process can start only one. `tests.engines` builds on it."""
+    import torch.distributed as dist
+
+    from pipeline.runtime import World, start_world
+    from tests.engines import LAUNCHER
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in LAUNCHER:
+            patch.delenv(name, raising=False)
+        world = World.from_environment()
+        start_world(world)
+        for name in LAUNCHER:  # a training process that a test starts must not inherit them
+            del os.environ[name]
+        patch.setenv("LOCAL_RANK", "0")  # DeepSpeed reads it in every step, and nobody else alone
+        yield world
+    dist.destroy_process_group()
+
+
 @pytest.fixture
 def tiny_run(tmp_path, vocab_size):
     """Write the tiny run's TOML; `dropout=0.1` for resume, 0 to compare worlds."""

@@ -92,17 +92,17 @@ def test_no_text_gives_other_ids_for_an_unknown_reason(folder, text):
 def test_the_three_classes_are_told_apart(folder):
     texts = {
         "literal": ["say [MASK]", "[CLS]", "x[PAD]y"],
-        "marks": ["a\u0300\u0301\u0325", "\u00bd\u0301"],
+        "marks": ["a\u0300\u0301\u0325", "\u00bd\u0301", "\u3268\u1174", "\uad50\u11bb"],
     }
     report = compare_tokenizers(folder, [*texts["literal"], *texts["marks"], "plain"])
     assert report == ParityReport(
-        texts=6,
-        marks=2,
+        texts=8,
+        marks=4,
         literals=3,
         examples={kind: [ascii(text) for text in some] for kind, some in texts.items()},
     )
-    assert report.mismatches == 5
-    assert (report + report).mismatches == 10
+    assert report.mismatches == 7
+    assert (report + report).mismatches == 14
     assert len((report + report).examples["literal"]) == 5
 
 

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 import tracemalloc
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ def test_packed_rows_decode_to_the_text(dataset_folder):
     whole = [
         token for d in range(documents) for token in dataset.document("heldout", d)[0].tolist()
     ]
-    assert tokenizer.decode(sum(rows, [])) == tokenizer.decode(whole)
+    assert tokenizer.decode([*chain(*rows)]) == tokenizer.decode(whole)
 
 
 def batches(size, batch_size, ranks=1, micro=None, rank=0, length=10):
@@ -250,7 +251,7 @@ def test_any_split_of_a_step_reads_the_same_samples(ranks, micro):
         assert {len(part) for part in parts} == {8 // (ranks * micro)}
         # Micro step by micro step, rank by rank: even the order is that of one process.
         interleaved = [identities([part[k]]) for k in range(len(parts[0])) for part in parts]
-        assert sum(interleaved, []) == expected
+        assert [*chain(*interleaved)] == expected
 
 
 def test_steps_walk_through_the_endless_order():
