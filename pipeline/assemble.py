@@ -23,7 +23,8 @@ from data_prep.errors import UserError
 from data_prep.manifest import SPLITS
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
-from pipeline.checkpoint import CheckpointStore, Commit
+from pipeline.checkpoint import CheckpointStore
+from pipeline.commit import Commit
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config, resolved_config_dict
 from pipeline.data import SampleOrder, SequenceStream, TrainBatches
@@ -314,7 +315,7 @@ def _trainer(
     )
     metrics = progress = None
     if world.is_main:
-        folder.cut_metrics(state.step)
+        folder.cut_metrics(state.step, owes_evaluation=state.owes_evaluation)
         tensorboard: Path = folder.path / "tensorboard"
         metrics = MetricsWriter(folder.metrics, tensorboard, purge_step=state.step + 1)
         progress = ProgressDisplay(state.step, config.schedule.max_steps)
@@ -341,10 +342,10 @@ def _trainer(
 
 
 def _evaluate(session: Session, data: OpenData, engines: Engines) -> dict[str, float] | None:
-    """Evaluate the engines' networks on the held-out split."""
+    """Evaluate the engines' networks on the held-out split; None where a stop came between."""
     config = session.config
     if data.heldout.num_sequences == 0:
-        return None
+        return {}
     for engine in engines.items().values():
         engine.eval()
     try:

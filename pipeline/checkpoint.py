@@ -1,17 +1,11 @@
 """Checkpoints as commits: whole or absent, verified before use, one for both networks.
 
-    checkpoints/step-00010000/
-        generator/rank-00000.safetensors ...     weights and Adam's averages, a file a rank
-        discriminator/rank-00000.safetensors ...
-        train_state.json                         step, counters, sums of the current interval
-        config.resolved.json                     the configuration it belongs to
-        manifest.json                            name, size and sha256 of every file above
-        manifest.sha256                          sha256 of manifest.json
+    checkpoints/step-00010000/                   a commit, see `pipeline.commit`
     checkpoints/latest                           a hint for people; loading looks at the commits
 
     save   every rank writes into `.partial`, syncs and hashes its files; rank 0 writes the
            manifest, renames the folder, moves `latest`, and only then removes what retention no
-           longer keeps
+           longer keeps; where one rank cannot write, no rank commits and training can go on
     load   newest first; the first commit whose every byte is as written is used, and what was
            passed over is named and set aside
 
@@ -19,155 +13,38 @@ Why not DeepSpeed's own files: they are pickles, they do not cross ZeRO stages, 
 them loads without a word. The slices here are its state, in a form that fits any stage and world.
 """
 
-import hashlib
 import itertools
-import json
 import logging
-import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from data_prep.errors import CorruptError
+from data_prep.errors import CorruptError, UserError
+from pipeline.commit import (
+    FORMAT_VERSION,
+    Commit,
+    check_names,
+    commit_name,
+    list_commits,
+    read_manifest,
+    sha256_of,
+    verify_files,
+)
 from pipeline.config import CheckpointSection
 from pipeline.engine_state import write_state
 from pipeline.run_folder import fsync_file, fsync_folder, to_json, write_durably
 
-FORMAT_VERSION = 1
-_COMMIT = re.compile(r"step-(\d{8})$")
-_HASH_CHUNK_BYTES = 1 << 22
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Commit:
-    """A published checkpoint."""
-
-    path: Path
-    step: int
-
-    def read_json(self, name: str) -> Any:
-        """Read one of the commit's JSON files.
-
-        Args:
-            name: File name, such as train_state.json.
-
-        Returns:
-            The decoded value.
-        """
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
-
-
-def commit_name(step: int) -> str:
-    """Name a commit by its completed optimizer steps.
-
-    Args:
-        step: Completed optimizer steps.
-
-    Returns:
-        Such as "step-00010000".
-    """
-    return f"step-{step:08d}"
-
-
-def list_commits(checkpoints: Path) -> list[Commit]:
-    """Find published commits without verifying them.
-
-    Args:
-        checkpoints: The run's checkpoints folder.
-
-    Returns:
-        Commits, oldest first.
-    """
-    if not checkpoints.is_dir():
-        return []
-    found = [(match, p) for p in checkpoints.iterdir() if (match := _COMMIT.fullmatch(p.name))]
-    return sorted((Commit(p, int(match[1])) for match, p in found), key=lambda c: c.step)
-
-
-def sha256_of(path: Path) -> str:
-    """Hash a file in constant memory.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Hexadecimal sha256.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def read_manifest(commit: Commit) -> dict[str, Any]:
-    """Read a commit's manifest and check it against its own hash.
-
-    Args:
-        commit: A published commit.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        CorruptError: The manifest or its hash is missing, altered or of another format.
-    """
-    path = commit.path / "manifest.json"
-    try:
-        expected = (commit.path / "manifest.sha256").read_bytes().decode("ascii").strip()
-        actual = sha256_of(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{path}: unreadable ({error})") from error
-    if actual != expected:
-        raise CorruptError(f"{path}: sha256 is {actual}, manifest.sha256 says {expected}")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CorruptError(
-            f"{path}: format_version {manifest.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}"
-        )
-    return manifest
-
-
-def verify_files(commit: Commit, names: list[str], manifest: dict[str, Any]) -> None:
-    """Check sizes and hashes of some of a commit's files.
-
-    Args:
-        commit: The commit.
-        names: Relative names, as in the manifest.
-        manifest: The commit's manifest.
-
-    Raises:
-        CorruptError: A file is missing, shorter, longer or altered; the message names it.
-    """
-    for name in names:
-        path, expected = commit.path / name, manifest["files"][name]
-        if not path.resolve().is_relative_to(commit.path.resolve()):
-            raise CorruptError(f"{commit.path}: manifest.json names {name!r} outside of the commit")
-        if not path.is_file():
-            raise CorruptError(f"{path}: missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise CorruptError(f"{path}: {path.stat().st_size} bytes, written {expected['bytes']}")
-        if (actual := sha256_of(path)) != expected["sha256"]:
-            raise CorruptError(f"{path}: sha256 is {actual}, written {expected['sha256']}")
-
-
-def verify_commit(commit: Commit) -> None:
-    """Check every byte of a commit in this process alone.
-
-    Args:
-        commit: The commit.
-
-    Raises:
-        CorruptError: Something is not as written; the message names the file.
-    """
-    manifest = read_manifest(commit)
-    verify_files(commit, sorted(manifest["files"]), manifest)
+class SaveError(UserError):
+    """A commit could not be written; the same on all ranks, and the earlier commits are intact."""
 
 
 class CheckpointStore:
@@ -206,30 +83,50 @@ class CheckpointStore:
 
         Returns:
             The commit.
+
+        Raises:
+            SaveError: A rank could not write; on all ranks, and nothing is left behind.
         """
         final = self._folder / commit_name(step)
         partial = final.with_name(final.name + ".partial")
+        try:
+            self._together(lambda: self._prepare(partial, engines, train_state, config_json))
+            files = self._together(lambda: self._write_share(partial, engines))
+            self._together(lambda: self._publish(partial, final, files, step))
+        except SaveError:
+            if self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if self._rank == 0:
+            self._prune()
+        self._barrier()
+        return Commit(final, step)
+
+    def _prepare(
+        self, partial: Path, engines: dict[str, Any], train_state: dict[str, Any], config_json: str
+    ) -> None:
+        """Make the folder and write what belongs to no rank."""
         if self._rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             for network in engines:
                 (partial / network).mkdir(parents=True)
             write_durably(partial / "train_state.json", to_json(train_state))
             write_durably(partial / "config.resolved.json", config_json)
-        self._barrier()
+
+    def _write_share(self, partial: Path, engines: dict[str, Any]) -> dict[str, Any]:
+        """Write and sync this rank's files; returns their manifest entries."""
         mine = [f"{network}/rank-{self._rank:05d}.safetensors" for network in engines]
         for name, engine in zip(mine, engines.values(), strict=True):
             write_state(engine, self._rank, partial / name)
             fsync_file(partial / name)
         if self._rank == 0:
             mine += ["train_state.json", "config.resolved.json"]
-        files = self._gather({name: _describe(partial / name) for name in mine})
-        if self._rank == 0:
-            self._publish(partial, final, files, step)
-        self._barrier()
-        return Commit(final, step)
+        return {name: _describe(partial / name) for name in mine}
 
     def _publish(self, partial: Path, final: Path, files: list[dict[str, Any]], step: int) -> None:
-        """Seal and rename a complete `.partial` folder, then apply retention."""
+        """Seal and rename a complete `.partial` folder."""
+        if self._rank != 0:
+            return
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -245,18 +142,24 @@ class CheckpointStore:
         partial.rename(final)
         fsync_folder(self._folder)
         write_durably(self._folder / "latest", final.name + "\n")
-        self._prune()
 
     def _prune(self) -> None:
-        """Remove commits that retention no longer keeps; the newest always stays."""
+        """Remove commits that retention no longer keeps; the newest always stays.
+
+        What cannot be removed, such as a file that a reader on NFS holds open, is tried again at
+        the next start: no reason to end a run that has just been saved.
+        """
         commits = list_commits(self._folder)
         every = self._section.milestone_interval_steps
         for commit in commits[: -self._section.keep_last]:
             if not every or commit.step % every:
                 # Renamed first: a removal that is interrupted leaves no half commit behind.
                 doomed = commit.path.with_name(commit.path.name + ".removing")
-                commit.path.rename(doomed)
-                shutil.rmtree(doomed)
+                try:
+                    commit.path.rename(doomed)
+                    shutil.rmtree(doomed)
+                except OSError as error:
+                    logger.warning("%s could not be removed: %s", commit.path, error)
 
     def newest_valid(self) -> Commit | None:
         """Find the newest commit whose every byte is as written; ranks share the hashing.
@@ -271,10 +174,14 @@ class CheckpointStore:
         """
         if self._rank == 0:
             for leftover in (*self._folder.glob("*.partial"), *self._folder.glob("*.removing")):
-                shutil.rmtree(leftover, ignore_errors=True)
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
         self._barrier()
         damaged: dict[Path, str] = {}
-        for commit in reversed(list_commits(self._folder)):
+        # As rank 0 sees them: on a shared file system the ranks' listings may differ for a while.
+        for commit in reversed(self._gather(list_commits(self._folder))[0]):
             failures = [text for text in self._gather(self._check_share(commit)) if text]
             if not failures:
                 self._set_aside(damaged)
@@ -304,10 +211,27 @@ class CheckpointStore:
         size = 1 if self._group is None else self._group.size()
         try:
             manifest = read_manifest(commit)
+            check_names(commit, manifest)
             verify_files(commit, sorted(manifest["files"])[self._rank :: size], manifest)
-        except CorruptError as error:
+        except (CorruptError, OSError) as error:  # a disk may also refuse to read
             return str(error)
         return ""
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """Do something on every rank; where one fails to write, all of them raise the same."""
+        result, problem = None, ""
+        try:
+            result = action()
+        except (OSError, SafetensorError) as error:
+            problem = (
+                f"rank {self._rank} cannot write a checkpoint into {self._folder}: {error} "
+                f"({_free_bytes(self._folder) / 1e6:,.0f} MB are free there)"
+            )
+        parts = self._gather((result, problem))
+        for _, problem in parts:
+            if problem:
+                raise SaveError(problem)
+        return [result for result, _ in parts]
 
     def _barrier(self) -> None:
         if self._group is not None:
@@ -325,3 +249,9 @@ class CheckpointStore:
 def _describe(path: Path) -> dict[str, Any]:
     """Size and hash of a file, read back from where it was written."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free space where a folder is, or was before somebody removed it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free

@@ -259,12 +259,16 @@ class TrainBatches:
         """
         per_micro_step = self.micro_batch_size * self.world_size
         first = self.first_sample(step) + self.rank * self.micro_batch_size
-        batches = []
-        for start in range(first, first + self.train_batch_size, per_micro_step):
-            positions = np.arange(start, start + self.micro_batch_size, dtype=np.int64)
-            epochs, samples = self.order.samples(positions)
-            batches.append(self.stream.batch(samples, epochs))
-        return batches
+        starts = np.arange(first, first + self.train_batch_size, per_micro_step, dtype=np.int64)
+        # One call for the whole step: the order's cost is that of calls, not of samples.
+        positions = (starts[:, None] + np.arange(self.micro_batch_size, dtype=np.int64)).ravel()
+        epochs, samples = self.order.samples(positions)
+        return [
+            self.stream.batch(of_micro_step, in_epochs)
+            for of_micro_step, in_epochs in zip(
+                np.split(samples, len(starts)), np.split(epochs, len(starts)), strict=True
+            )
+        ]
 
 
 def heldout_batches(

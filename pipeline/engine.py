@@ -10,9 +10,10 @@ bound to DeepSpeed 0.19.8, knows its habits:
     - at ZeRO stage 0 it trains on after a NaN: the optimizer handed to it refuses such a step
 """
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +44,16 @@ class Engines:
         return {"generator": self.generator, "discriminator": self.discriminator}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_deepspeed() -> Iterator[None]:
     """Keep DeepSpeed's start-up chatter out of the user's terminal; errors still pass."""
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        # Its bf16 optimizer prints a dozen lines about memory by itself.
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
 

@@ -197,21 +197,22 @@ class StateReader:
         Raises:
             CorruptError: The files do not hold all of these elements.
         """
-        result = torch.empty(count)
-        filled = 0
-        for part_start, part_count, path in self._parts.get(name, []):
-            first, last = max(start, part_start), min(start + count, part_start + part_count)
-            if first < last:
-                values = self._open[path].get_slice(f"{kind}/{name}")
-                result[first - start : last - start] = values[
-                    first - part_start : last - part_start
-                ]
-                filled += last - first
-        if filled != count:
+        end = start + count
+        runs = [
+            (max(start, part_start), min(end, part_start + part_count), part_start, path)
+            for part_start, part_count, path in sorted(self._parts.get(name, []))
+            if part_start < end and start < part_start + part_count
+        ]
+        # Each run must begin where the one before it ends, or elements are missing or there twice.
+        if [start, *(last for _, last, *_ in runs)] != [*(first for first, *_ in runs), end]:
             raise CorruptError(
-                f"{self._folder}: elements {start} to {start + count} of {name} are not all there "
-                f"({filled} of {count}); use another commit"
+                f"{self._folder}: elements {start} to {end} of {name} are not there exactly once; "
+                "use another commit"
             )
+        result = torch.empty(count)
+        for first, last, part_start, path in runs:
+            values = self._open[path].get_slice(f"{kind}/{name}")
+            result[first - start : last - start] = values[first - part_start : last - part_start]
         return result
 
     def weights(self, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:

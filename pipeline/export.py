@@ -27,7 +27,7 @@ from data_prep.errors import CorruptError, UserError
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
 from pipeline.assemble import load_commit_weights
-from pipeline.checkpoint import Commit, list_commits, verify_commit
+from pipeline.commit import Commit, list_commits, verify_commit
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config
 from pipeline.data import SequenceStream

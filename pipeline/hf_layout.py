@@ -85,7 +85,8 @@ def repository_tensors(
         dtype: What every tensor is rounded to, after the merge.
 
     Returns:
-        "discriminator" and "generator": key -> contiguous tensor.
+        "discriminator" and "generator": key -> contiguous tensor; in fp32 all but the merged table
+        are the networks' own storage.
 
     Raises:
         UserError: A weight is not finite, or is too large for the dtype.

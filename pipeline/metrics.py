@@ -10,6 +10,8 @@ A logged loss is global sum / global count over the interval, without lambda.
 """
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +176,19 @@ class MetricsWriter:
 
         Args:
             step: Completed optimizer steps.
-            figures: name -> number.
+            figures: name -> number; one that is not finite is null in the file, as JSON has no
+                other word for it.
         """
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        row = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         for name, value in figures.items():
             self._tensorboard.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Make the rows as durable as the commit that follows, whose run will not repeat them."""
+        os.fsync(self._file.fileno())
+        self._tensorboard.flush()
 
     def close(self) -> None:
         """Flush and close both."""

@@ -31,12 +31,16 @@ def write_durably(path: Path, text: str) -> None:
         path: File to replace.
         text: Its new contents.
     """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    # A name of its own: at the end of a diverged run every rank may write state.json.
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # left only where writing failed
     fsync_folder(path.parent)
 
 
@@ -95,20 +99,20 @@ class RunFolder:
         Raises:
             UserError: Another process trains in this folder; the message says which.
         """
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"run.folder {self.path}: cannot be created ({error.strerror})"
-            ) from error
         holder = self.path / ".holder.json"
         try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             who = holder.read_text().strip() if holder.exists() else "unknown"
             raise UserError(
                 f"run.folder {self.path} is in use by {who}: wait for that run, stop it, or choose "
                 "another run.folder"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"run.folder {self.path}: cannot be written ({error.strerror}); choose another "
+                "run.folder"
             ) from error
         job = {"host": socket.gethostname(), "pid": os.getpid()}
         holder.write_text(json.dumps(job) + "\n")
@@ -148,27 +152,32 @@ class RunFolder:
         with (self.path / "restarts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(value) + "\n")
 
-    def cut_metrics(self, step: int) -> int:
+    def cut_metrics(self, step: int, *, owes_evaluation: bool = False) -> int:
         """Drop the rows that a resumed run will write again.
 
         Args:
             step: Step of the commit that is continued.
+            owes_evaluation: The commit owes the held-out row of its step.
 
         Returns:
             How many rows were dropped, a torn last line included.
         """
         if not self.metrics.exists():
             return 0
-        kept, dropped = [], 0
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                keep = json.loads(line)["step"] <= step
-            except (ValueError, KeyError):
-                keep = False
-            if keep:
-                kept.append(line + "\n")
-            else:
-                dropped += 1
-        if dropped:
-            write_durably(self.metrics, "".join(kept))
-        return dropped
+        text = self.metrics.read_text(encoding="utf-8", errors="replace")
+        lines = text.splitlines()
+        kept = [line for line in lines if _is_safe_row(line, step, owes_evaluation)]
+        # Compared as a whole: a row that was torn before its newline would swallow the next one.
+        if (cut := "".join(line + "\n" for line in kept)) != text:
+            write_durably(self.metrics, cut)
+        return len(lines) - len(kept)
+
+
+def _is_safe_row(line: str, step: int, owes_evaluation: bool) -> bool:
+    """Whether a line is a whole row that a run continued at this step will not write again."""
+    try:
+        row = json.loads(line)
+        is_owed = owes_evaluation and any(name.startswith("eval/") for name in row)
+        return row["step"] < step or (row["step"] == step and not is_owed)
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -25,8 +25,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+import pipeline
 from data_prep.errors import UserError
 
 SECOND_SIGNAL_SECONDS = 3.0
@@ -163,8 +164,9 @@ def environment() -> dict[str, str]:
     Returns:
         package -> version, then machine, threads and job.
     """
-    packages = ("torch", "deepspeed", "numpy", "safetensors", "deberta-pretrain")
+    packages = ("torch", "deepspeed", "numpy", "safetensors")
     return {
+        "deberta-pretrain": pipeline.__version__,  # which need not be installed to be run
         **{name: importlib.metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "machine": platform.machine(),

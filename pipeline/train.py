@@ -16,6 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -70,7 +71,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     parser.add_argument("--world-size", type=int, help="with --dry-run: ranks to plan for")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args(argv)
+    # Words may stand between options; one with dashes is explained where the keys are known.
+    options, unknown = parser.parse_known_intermixed_args(argv)
+    options.overrides += unknown
     if options.world_size is not None and not options.dry_run:
         raise UserError("--world-size goes with --dry-run; a launcher sets the number of ranks")
     if options.world_size is not None and options.world_size < 1:
@@ -158,7 +161,7 @@ def dry_run(config: RunConfig, ds: DeepSpeedConfig, world_size: int) -> int:
 
 def _train(config: RunConfig, ds: DeepSpeedConfig) -> int:
     """Train as one rank of whatever world launched this process."""
-    _quieten()
+    _prepare_process()
     # Imported after the configuration has been checked: a typo costs no ten seconds.
     import torch.distributed as dist
 
@@ -173,36 +176,33 @@ def _train(config: RunConfig, ds: DeepSpeedConfig) -> int:
     )
 
     folder = RunFolder(Path(config.run.folder))
-    locked = False
-    try:
-        world = World.from_environment()
-        plan = ds.batch_plan(world.world_size)
-        check_device(ds, world.device.type)
-        if world.is_main:
-            folder.acquire()
-            locked = True
-        if config.run.deterministic:
-            use_deterministic_kernels()
-        control_group = start_world(world)
-        stop = StopSignal(control_group)
-        stop.install()
-        configure_logging(world.rank, folder.path)
-        session = Session(config, ds, plan, world, control_group, folder, stop)
-        return _fit(session)
-    except UserError as error:
-        # Any rank may be the one that finds damage; the status must not wait for rank 0.
-        if error.exit_code in _STATUS and folder.path.is_dir():
-            folder.write_status(_STATUS[error.exit_code], None, str(error).splitlines()[0])
-        return _report(error, everywhere=error.exit_code == EXIT_CORRUPT)
-    finally:
-        if locked:
-            folder.release()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with ExitStack() as cleanup:
+        try:
+            world = World.from_environment()
+            plan = ds.batch_plan(world.world_size)
+            check_device(ds, world.device.type)
+            if world.is_main:
+                folder.acquire()
+                cleanup.callback(folder.release)
+            if config.run.deterministic:
+                use_deterministic_kernels()
+            control_group = start_world(world)
+            cleanup.callback(dist.destroy_process_group)
+            stop = StopSignal(control_group)
+            stop.install()
+            configure_logging(world.rank, folder.path)
+            return _fit(Session(config, ds, plan, world, control_group, folder, stop))
+        except UserError as error:
+            # Any rank may be the one that finds damage; the status must not wait for rank 0.
+            if error.exit_code in _STATUS and folder.path.is_dir():
+                folder.write_status(_STATUS[error.exit_code], None, str(error).splitlines()[0])
+            return _report(error, everywhere=error.exit_code == EXIT_CORRUPT)
 
 
-def _quieten() -> None:
-    """Keep libraries' start-up chatter and deprecations away from the user's terminal."""
+def _prepare_process() -> None:
+    """Settle what must be settled before torch is imported, and silence start-up chatter."""
+    # Threads that spin while they wait halve, or worse, the speed of a CPU that others use too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -230,8 +230,10 @@ def _fit(session: "Session") -> int:
         lines += [f"warning: {text}" for text in combine_checks(session.config, session.ds)]
         lines += [f"note: {text}" for text in assembled.notes]
         print("\n".join(lines), file=sys.stderr, flush=True)
-    outcome = trainer.fit()
-    trainer.close()
+    try:
+        outcome = trainer.fit()
+    finally:
+        trainer.close()
     if outcome == "stopped":
         if session.world.is_main:
             folder.write_status("stopped", trainer.state.step, f"{session.stop.name or 'request'}")

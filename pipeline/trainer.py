@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.errors import DivergedError
-from pipeline.checkpoint import CheckpointStore, Commit
+from pipeline.checkpoint import CheckpointStore, SaveError
+from pipeline.commit import Commit
 from pipeline.config import RunConfig
 from pipeline.data import Prefetcher, TrainBatches
 from pipeline.engine import Engines, StepOutcome, parameter_norm
@@ -25,6 +26,8 @@ from pipeline.throughput import Throughput
 
 DELTA_NAME = "deberta.embeddings.word_embeddings._weight"
 """The discriminator's Delta of gradient-disentangled embedding sharing."""
+MAX_FAILED_COMMITS = 3
+"""Commits in a row that may fail before the run ends: more work than this is not put at risk."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,8 @@ class TrainState:
     """Steps that the discriminator refused."""
     consecutive_skipped: int = 0
     """Steps in a row in which either network refused."""
+    owes_evaluation: bool = False
+    """A request to stop came before this step's evaluation was done; a resumed run does it."""
 
     def count(self, generator: StepOutcome, discriminator: StepOutcome) -> None:
         """Record what the optimizers did.
@@ -111,6 +116,7 @@ class Trainer:
         self._config_json = config_json
         self._clock = Throughput(config, batches.train_batch_size, world)
         self._last_commit = state.step
+        self._failed_commits = 0
 
     def fit(self) -> str:
         """Train; all ranks execute the same statements.
@@ -121,11 +127,13 @@ class Trainer:
         Raises:
             DivergedError: Too many steps in a row were not finite.
             CorruptError: A shard's bytes are not what was written.
+            SaveError: The last commit, or several in a row, could not be written.
         """
         max_steps = self.config.schedule.max_steps
         prefetcher = Prefetcher(self._batches, self.state.step, max_steps)
         try:
-            while self.state.step < max_steps:
+            stopping = self._repay_evaluation()
+            while self.state.step < max_steps and not stopping:
                 with self._clock.waiting_for_data():
                     micro_batches = prefetcher.next()
                 rates = self.learning_rates()
@@ -134,12 +142,10 @@ class Trainer:
                 self._interval.add(result.sums)
                 stopping = self._services.stop.agreed()
                 self._write_row_when_due(result, rates)
-                self._evaluate_when_due(stopping)
+                stopping = self._evaluate_when_due(stopping)
                 self._commit_when_due(stopping)
                 self._refuse_divergence()
-                if stopping:
-                    return "stopped"
-            return "done"
+            return "stopped" if stopping else "done"
         finally:
             prefetcher.close()
 
@@ -186,21 +192,49 @@ class Trainer:
             services.metrics.write(self.state.step, figures)
             services.progress.show(self.state.step, figures)
 
-    def _evaluate_when_due(self, stopping: bool) -> None:
-        """Evaluate at intervals and at the end; a request to stop comes first."""
-        if stopping or not self._is_due(self.config.evaluation.interval_steps):
-            return
+    def _evaluate_when_due(self, stopping: bool) -> bool:
+        """Evaluate at intervals and at the end; returns whether to stop.
+
+        A request to stop comes first: what was not evaluated is owed by the commit of this step.
+        """
+        if not self._is_due(self.config.evaluation.interval_steps):
+            return stopping
+        self.state.owes_evaluation = stopping or not self._evaluate()
+        return self.state.owes_evaluation
+
+    def _repay_evaluation(self) -> bool:
+        """Do the evaluation that a stopped run left out; returns whether to stop again."""
+        if self.state.owes_evaluation:
+            self.state.owes_evaluation = not self._evaluate()
+        return self.state.owes_evaluation
+
+    def _evaluate(self) -> bool:
+        """Write the held-out figures of this step; False where a request to stop came between."""
         with self._clock.paused():
             figures = self._services.evaluate()
         if figures and self._services.metrics is not None and self._services.progress is not None:
             self._services.metrics.write(self.state.step, figures)
             shown = describe({k.replace("eval/", "train/"): v for k, v in figures.items()})
             self._services.progress.say(f"step {self.state.step:,} held-out: {shown}")
+        return figures is not None
 
     def _commit_when_due(self, stopping: bool) -> None:
-        if stopping or self._is_due(self.config.checkpoint.interval_steps):
+        """Commit at intervals, at the end and on request; a full disk must not end a long run."""
+        if not stopping and not self._is_due(self.config.checkpoint.interval_steps):
+            return
+        try:
             with self._clock.paused():
                 self.commit()
+            self._failed_commits = 0
+        except SaveError as error:
+            self._failed_commits += 1
+            is_last = stopping or self.state.step == self.config.schedule.max_steps
+            if is_last or self._failed_commits == MAX_FAILED_COMMITS:
+                raise SaveError(
+                    f"{error}; the newest commit is step {self._last_commit}: make room, then the "
+                    "same command goes on from there"
+                ) from error
+            logger.warning("step %d: %s; the next commit tries again", self.state.step, error)
 
     def commit(self) -> Commit:
         """Publish the state of this step boundary; a collective.
@@ -216,6 +250,8 @@ class Trainer:
             "identity": self.identity,
         }
         step = self.state.step
+        if self._services.metrics is not None:
+            self._services.metrics.sync()
         commit = self._services.checkpoints.save(step, engines, train_state, self._config_json)
         self._last_commit = step
         if self._world.is_main:

@@ -1,5 +1,6 @@
 """What the whole suite shares: one small corpus, tokenizer and dataset, and a tiny run on them."""
 
+import gc
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 # Before torch is imported anywhere: two cores, shared by the processes of a distributed test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 TINY_RUN = """
@@ -100,6 +102,7 @@ def vocab_size(dataset_folder):
 @pytest.fixture(scope="session")
 def world():
     """A world of this process alone; a process can start only one. `tests.engines` builds on it."""
+    import deepspeed  # noqa: F401
     import torch.distributed as dist
 
     from pipeline.runtime import World, start_world
@@ -112,6 +115,7 @@ def world():
         start_world(world)
         for name in LAUNCHER:  # a training process that a test starts must not inherit them
             del os.environ[name]
+        gc.freeze()  # DeepSpeed collects a dozen times for every engine
         patch.setenv("LOCAL_RANK", "0")  # DeepSpeed reads it in every step, and nobody else alone
         yield world
     dist.destroy_process_group()

@@ -23,7 +23,7 @@ LAUNCHER = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
-LENGTH = 20
+LENGTH = 12
 RATES = LearningRates(1e-3, 1e-3)
 
 
@@ -47,6 +47,7 @@ class Rig:
 
     engines: Engines
     plan: BatchPlan
+    keys: ObjectiveKeys
     step: RTDStep
 
     def run(self, step, rates=RATES) -> StepResult:
@@ -59,12 +60,16 @@ class Rig:
         return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
 
 
+def small_pair(**changes):
+    """A generator and a discriminator of two layers, every weight random."""
+    return small_networks.generator(layers=2, **changes), small_networks.discriminator(
+        layers=2, **changes
+    )
+
+
 def rig(world, *, objective=None, networks=None, optimizer=None, **deepspeed) -> Rig:
     """Start engines around two small networks; `networks` replaces them, the rest are settings."""
-    generator, discriminator = networks or (
-        small_networks.generator(),
-        small_networks.discriminator(),
-    )
+    generator, discriminator = networks or small_pair()
     config = deepspeed_config(**deepspeed)
     plan = config.batch_plan(1)
     section = OptimizerSection(
@@ -73,17 +78,19 @@ def rig(world, *, objective=None, networks=None, optimizer=None, **deepspeed) ->
     with pytest.MonkeyPatch.context() as patch:
         for name, value in LAUNCHER.items():  # DeepSpeed looks for them
             patch.setenv(name, value)
+        # Stage 3 replaces it for good, with one that rounds bf16 differently: not for other tests.
+        patch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
         engines = start_engines(
             generator, discriminator, optimizer=section, ds=config, plan=plan, world=world
         )
     objective = objective or ObjectiveSection()
     keys = ObjectiveKeys(objective, 3, LENGTH, small_networks.MASK_ID, "train")
     step = RTDStep(engines, objective, keys, seed=3, plan=plan, world=world)
-    return Rig(engines, plan, step)
+    return Rig(engines, plan, keys, step)
 
 
 def sequence_batches(step, plan) -> list[SequenceBatch]:
-    """The micro batches of a step: sequences of different lengths, each a function of its number."""
+    """The micro batches of a step, sequences of two lengths, each a function of its number."""
     first = step * plan.train_batch_size
     micro = plan.train_micro_batch_size_per_gpu
     return [
@@ -95,7 +102,7 @@ def sequence_batches(step, plan) -> list[SequenceBatch]:
 def sequence_batch(samples) -> SequenceBatch:
     """Sequences by their numbers; every third is short."""
     ids = torch.zeros(len(samples), LENGTH, dtype=torch.int64)
-    lengths = torch.tensor([LENGTH - 7 if s % 3 == 1 else LENGTH for s in samples])
+    lengths = torch.tensor([LENGTH - 4 if s % 3 == 1 else LENGTH for s in samples])
     for row, sample in enumerate(samples):
         length = int(lengths[row])
         generator = torch.Generator().manual_seed(sample)

@@ -5,7 +5,7 @@ from rich.table import Table
 from pipeline.evaluate.finetune import FinetuneReport
 from pipeline.evaluate.heldout_model import HeldoutReport
 
-_NAMES = {"pretrained": "pre-trained", "random": "random initialisation"}
+_NAMES = {"pretrained": "pre-trained", "random": "random start"}
 
 
 def heldout_table(report: HeldoutReport) -> Table:
@@ -17,12 +17,11 @@ def heldout_table(report: HeldoutReport) -> Table:
     Returns:
         One row a figure.
     """
-    table = Table(
-        title=f"held out: step {report.step:,}, {report.sequences:,} sequences of "
-        f"{report.sequence_length} tokens",
-    )
-    table.add_column("figure")
+    table = Table(title=f"held out, step {report.step:,}")
+    table.add_column("figure", no_wrap=True)
     table.add_column("value", justify="right")
+    table.add_row("sequences", f"{report.sequences:,}")
+    table.add_row("sequence length", f"{report.sequence_length:,}")
     for name, value in report.figures.items():
         table.add_row(name, f"{value:.4f}")
     return table
@@ -38,19 +37,18 @@ def finetune_table(report: FinetuneReport) -> Table:
         One row a start or baseline: mean +- sample standard deviation over the seeds.
     """
     table = Table(
-        title=f"{report.kind}: {report.train_examples:,} training and {report.test_examples:,} "
-        f"test examples, {len(report.labels)} labels",
-        caption=f"mean +- standard deviation of {report.options.seeds} seeds; learning rate "
-        f"{report.learning_rate:.2g}, {report.options.epochs} epochs; "
-        f"{report.num_truncated:,} truncated",
+        title=f"{report.kind}: {report.train_examples:,} training, {report.test_examples:,} test, "
+        f"{len(report.labels)} labels",
+        caption=f"{report.options.seeds} seeds, {report.options.epochs} epochs, learning rate "
+        f"{report.learning_rate:.2g}; {report.num_truncated:,} truncated",
     )
     figures = list(report.runs[0].scores)
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for name in figures:
         table.add_column(name, justify="right")
     for start, values in report.summary().items():
         cells = [f"{values[name]['mean']:.4f} +- {values[name]['std']:.4f}" for name in figures]
         table.add_row(_NAMES[start], *cells)
     for baseline, scores in report.baselines.items():
-        table.add_row(f"baseline: {baseline}", *(f"{scores[name]:.4f}" for name in figures))
+        table.add_row(baseline, *(f"{scores[name]:.4f}" for name in figures))
     return table

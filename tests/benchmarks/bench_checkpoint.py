@@ -1,0 +1,112 @@
+"""A commit of both networks against torch.save of the same tensors.
+
+    commit             slices to the host, safetensors, fsync, sha256 read back, manifest, rename
+    torch.save         one file, as most training loops leave it: in the page cache
+    torch.save, fsync  the same, on the disk
+
+Wall time: a commit is what training waits for. The disk is the one of the temporary folder.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from pipeline.checkpoint import CheckpointStore
+from pipeline.config import CheckpointSection
+from pipeline.config_loading import load_run_config
+from pipeline.ds_config import check_deepspeed_config
+from pipeline.run_folder import fsync_file
+from pipeline.runtime import World
+from tests.benchmarks.rounds import Case, Outcome, main, measure, require
+
+WORDS = [
+    "model.vocab_size=32_100",
+    *(
+        f"{network}.{key}"
+        for network in ("generator", "discriminator")
+        for key in ("hidden_size=256", "num_attention_heads=4", "intermediate_size=1024")
+    ),
+    "generator.num_hidden_layers=3",
+    "discriminator.num_hidden_layers=6",
+]
+DEEPSPEED = {
+    "train_batch_size": 1,
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_clipping": 1.0,
+    "bf16": {"enabled": False},
+    "zero_optimization": {"stage": 1},
+}
+ROUNDS = 5
+
+
+def start():
+    """Both engines around networks of some 20 million parameters, and the control group."""
+    from pipeline.assemble import build_networks
+    from pipeline.engine import start_engines
+    from pipeline.runtime import start_world
+
+    config = load_run_config("deberta_v3_large", WORDS)
+    ds = check_deepspeed_config(DEEPSPEED, "benchmark.json")
+    world = World(0, 0, 1, torch.device("cpu"))
+    control = start_world(world)
+    engines = start_engines(
+        *build_networks(config),
+        optimizer=config.optimizer,
+        ds=ds,
+        plan=ds.batch_plan(1),
+        world=world,
+    )
+    return engines.items(), control
+
+
+def benchmark(_device: str) -> Outcome:
+    require("deepspeed", "safetensors")
+    from pipeline.engine_state import local_slices
+
+    engines, control = start()
+    tensors = {
+        f"{network}/{kind}/{part.name}": values
+        for network, engine in engines.items()
+        for part in local_slices(engine, 0)
+        for kind, values in part.tensors.items()
+    }
+    num_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = CheckpointStore(folder, CheckpointSection(interval_steps=1), 0, control)
+
+        def clean():
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+        def save(syncs: bool):
+            path = folder / "all.pt"
+            torch.save({key: value.cpu() for key, value in tensors.items()}, path)
+            if syncs:
+                fsync_file(path)
+
+        cases = [
+            Case("commit", lambda: store.save(1, engines, {}, json.dumps(DEEPSPEED)), clean),
+            Case("torch.save", lambda: save(False), clean),
+            Case("torch.save, fsync", lambda: save(True), clean),
+        ]
+        seconds, notes = measure(cases, ROUNDS, time.perf_counter)
+    torch.distributed.destroy_process_group()
+    return Outcome(
+        benchmark="checkpoint",
+        unit="GB",
+        work=num_bytes / 1e9,
+        clock="seconds",
+        seconds=seconds,
+        pairs=[("commit", "torch.save"), ("commit", "torch.save, fsync")],
+        shape={"words": WORDS, "bytes": num_bytes, "zero_stage": 1},
+        notes=notes,
+    )
+
+
+if __name__ == "__main__":
+    main(benchmark, devices=["cpu"])

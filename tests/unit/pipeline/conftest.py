@@ -1,0 +1,39 @@
+"""A run with random weights and its export, shared by the tests of export and evaluation."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from tests.commits import random_networks, run_config, write_commit
+
+STEP = 40
+HELDOUT_ROWS = [
+    {"step": 30, "eval/mlm_loss": 9.0},
+    {"step": 40, "train/mlm_loss": 1.0},
+    {"step": 40, "eval/mlm_loss": 6.25, "eval/rtd_auc": 0.75},
+    {"step": 50, "eval/mlm_loss": 2.0},
+]
+
+
+@pytest.fixture(scope="session")
+def random_run(dataset_folder, tmp_path_factory):
+    """folder, config, commit, step and networks of a run; read-only."""
+    folder = tmp_path_factory.mktemp("random_run") / "run"
+    config = run_config(dataset_folder, folder)
+    networks = random_networks(config, STEP)
+    commit = write_commit(config, STEP, networks)
+    rows = "".join(json.dumps(row) + "\n" for row in HELDOUT_ROWS)
+    (folder / "metrics.jsonl").write_text(rows + '{"step": 6')
+    return SimpleNamespace(
+        folder=folder, config=config, commit=commit, step=STEP, networks=networks
+    )
+
+
+@pytest.fixture(scope="session")
+def exported(random_run, tmp_path_factory):
+    """folder and report of the run's export; read-only."""
+    from pipeline.export import export_run
+
+    folder = tmp_path_factory.mktemp("exported") / "deeper" / "export"
+    return SimpleNamespace(folder=folder, report=export_run(random_run.folder, folder))

@@ -1,0 +1,187 @@
+"""Sums, ratios and rows: against counting by hand, and TensorBoard against metrics.jsonl."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.metrics import FIELDS, IntervalSums, MetricsWriter, StepSums, ratios
+
+CPU = torch.device("cpu")
+
+
+def vector(**sums):
+    return torch.tensor([float(sums.get(name, 0)) for name in FIELDS], dtype=torch.float64)
+
+
+def test_ratios():
+    figures = ratios(
+        vector(
+            mlm_loss_sum=30,
+            mlm_correct=3,
+            masked_tokens=12,
+            rtd_loss_sum=8,
+            rtd_correct_replaced=1,
+            replaced_tokens=4,
+            rtd_correct_original=15,
+            original_tokens=20,
+            tokens=24,
+        ),
+        "eval",
+    )
+    assert figures == {
+        "eval/mlm_loss": 2.5,
+        "eval/mlm_accuracy": 0.25,
+        "eval/rtd_loss": 8 / 24,
+        "eval/rtd_accuracy_replaced": 0.25,
+        "eval/rtd_accuracy_original": 0.75,
+        "eval/replaced_fraction": 4 / 24,
+    }
+
+
+def test_a_ratio_over_nothing_is_left_out():
+    assert ratios(vector(), "train") == {}
+    assert ratios(vector(tokens=4, rtd_loss_sum=2), "train") == {
+        "train/rtd_loss": 0.5,
+        "train/replaced_fraction": 0.0,
+    }
+
+
+def test_hits_of_the_discriminator_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 7, generator=generator)
+    logits[0, 0] = 0.0  # undecided means "original"
+    is_token = torch.arange(7) < torch.tensor([[7], [4], [1]])
+    is_replaced = (torch.rand(3, 7, generator=generator) < 0.5) & is_token
+    is_replaced[0, 0] = False
+    sums = StepSums(CPU)
+    sums.add_discriminator(logits, is_replaced, is_token)
+    counted = dict.fromkeys(FIELDS, 0)
+    for row in range(3):
+        for column in range(7):
+            if not is_token[row, column]:
+                continue
+            kind = "replaced" if is_replaced[row, column] else "original"
+            says = "replaced" if logits[row, column] > 0 else "original"
+            counted["tokens"] += 1
+            counted[f"{kind}_tokens"] += 1
+            counted[f"rtd_correct_{kind}"] += says == kind
+    assert dict(zip(FIELDS, sums.vector.tolist(), strict=True)) == counted
+    assert counted["rtd_correct_replaced"] not in (0, counted["replaced_tokens"])
+
+
+def test_sums_add_up_in_double_precision():
+    """2^24 + 1 is not an fp32 number; a step at paper scale counts four million tokens."""
+    sums = StepSums(CPU)
+    sums.add(tokens=torch.tensor(2**24), rtd_loss_sum=torch.tensor(0.1))
+    sums.add(tokens=torch.tensor(1), rtd_loss_sum=torch.tensor(0.1))
+    assert sums.reduce()[FIELDS.index("tokens")] == 2**24 + 1
+    expected = 2 * torch.tensor(0.1).double()
+    assert sums.vector[FIELDS.index("rtd_loss_sum")] == expected
+
+
+def test_sums_keep_no_graph():
+    weight = torch.ones((), requires_grad=True)
+    sums = StepSums(CPU)
+    sums.add(mlm_loss_sum=weight * 2)
+    assert not sums.vector.requires_grad
+
+
+def test_an_interval_is_the_sum_of_its_steps_and_starts_anew():
+    interval = IntervalSums(CPU)
+    interval.add(vector(mlm_loss_sum=10, masked_tokens=2))
+    interval.add(vector(mlm_loss_sum=1, masked_tokens=9))
+    assert interval.take() == {"train/mlm_loss": 1.0, "train/mlm_accuracy": 0.0}
+    assert interval.take() == {}
+
+
+def test_an_interrupted_interval_goes_on_bit_for_bit():
+    random.seed(0)
+    awkward = [0.1, 1 / 3, 1e-300, 5e-324, 2**53 + 1.0, -0.0, math.inf, random.random(), 1e22]
+    first = IntervalSums(CPU)
+    first.add(torch.tensor(awkward, dtype=torch.float64))
+    state = json.loads(json.dumps(first.state()))
+    second = IntervalSums(CPU)
+    second.load_state(state)
+    before, after = first.vector.tolist(), second.vector.tolist()
+    assert [value.hex() for value in after] == [value.hex() for value in before] == state
+
+
+def test_an_interval_with_nan_survives_a_commit():
+    first, second = IntervalSums(CPU), IntervalSums(CPU)
+    first.add(vector(mlm_loss_sum=math.nan, masked_tokens=3))
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert math.isnan(second.take()["train/mlm_loss"])
+
+
+ROWS = {
+    3: {"train/mlm_loss": 1 / 3, "optim/generator_skipped_steps": 0, "train/delta_norm": 1e-30},
+    6: {"train/mlm_loss": 0.1 + 0.2, "optim/generator_skipped_steps": 2, "train/delta_norm": 7.0},
+}
+
+
+def read_events(folder):
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {
+        name: {event.step: event.value for event in accumulator.Scalars(name)}
+        for name in accumulator.Tags()["scalars"]
+    }
+
+
+def write(tmp_path, rows, purge_step=1):
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", purge_step)
+    for step, figures in rows.items():
+        writer.write(step, figures)
+    return writer
+
+
+def test_rows_are_json_and_tensorboard_has_the_same_numbers(tmp_path):
+    write(tmp_path, ROWS).close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": s, **f} for s, f in ROWS.items()]
+    events = read_events(tmp_path / "tensorboard")
+    assert events == {
+        name: {step: torch.tensor(row[name]).float().item() for step, row in ROWS.items()}
+        for name in ROWS[3]
+    }
+
+
+def test_a_row_is_in_the_file_as_soon_as_it_is_written(tmp_path):
+    writer = write(tmp_path, {3: ROWS[3]})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    writer.close()
+
+
+def test_synced_rows_survive_a_kill_in_tensorboard_too(tmp_path):
+    """Its writer keeps rows for two minutes; a commit must not outlive the rows before it."""
+    writer = write(tmp_path, ROWS)
+    writer.sync()
+    assert read_events(tmp_path / "tensorboard")["train/mlm_loss"].keys() == {3, 6}
+    writer.close()
+
+
+def test_a_figure_that_is_not_finite_is_null(tmp_path):
+    write(tmp_path, {3: {"a": math.nan, "b": math.inf, "c": 1.0}}).close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    assert json.loads(line, parse_constant=refuse) == {"step": 3, "a": None, "b": None, "c": 1.0}
+
+
+def test_a_resumed_run_appends_and_tensorboard_forgets_what_comes_again(tmp_path):
+    write(tmp_path, {4: {"a": 1.0}, 6: {"a": 2.0}, 8: {"a": 3.0}}).close()
+    write(tmp_path, {6: {"a": 5.0}, 8: {"a": 6.0}}, purge_step=5).close()
+    assert read_events(tmp_path / "tensorboard") == {"a": {4: 1.0, 6: 5.0, 8: 6.0}}
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("name", ["mlm_loss", "unknown"])
+def test_unknown_sums_are_refused(name):
+    with pytest.raises(KeyError):
+        StepSums(CPU).add(**{name: torch.tensor(1.0)})

@@ -1,0 +1,190 @@
+"""Ranks from the launcher's variables, signals, and where messages go."""
+
+import contextlib
+import logging
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from pipeline.runtime import StopSignal, World, configure_logging, environment
+
+ROOT = Path(__file__).parents[3]
+LAUNCHED = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Pretend that a launcher has set these variables, and no others that matter."""
+
+    def set_to(variables):
+        for name in (*LAUNCHED, "PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    set_to({})
+    return set_to
+
+
+def test_nothing_launched_us(launched):
+    world = World.from_environment()
+    assert (world.rank, world.local_rank, world.world_size) == (0, 0, 1)
+    assert world.device == torch.device("cpu")
+    assert world.is_main
+
+
+def test_torchrun_launched_us(launched):
+    launched(LAUNCHED)
+    world = World.from_environment()
+    assert (world.rank, world.local_rank, world.world_size) == (3, 1, 4)
+    assert not world.is_main
+
+
+def test_variables_without_a_rank_launch_nothing(launched):
+    """A shell may have MASTER_PORT or WORLD_SIZE left over."""
+    launched({name: value for name, value in LAUNCHED.items() if name != "RANK"})
+    assert World.from_environment().world_size == 1
+
+
+@pytest.mark.parametrize("missing", [name for name in LAUNCHED if name != "RANK"])
+def test_a_launcher_that_forgot_something(launched, missing):
+    launched({name: value for name, value in LAUNCHED.items() if name != missing})
+    with pytest.raises(UserError) as caught:
+        World.from_environment()
+    assert f"RANK is set but {missing} is not" in str(caught.value)
+    assert "unset RANK to train in one process" in str(caught.value)
+
+
+def test_mpirun_without_mpi4py(launched, monkeypatch):
+    launched({"PMI_RANK": "0"})
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(UserError, match=r"pip install 'deberta-pretrain\[mpi\]'"):
+        World.from_environment()
+
+
+def test_the_cpu_on_request(launched, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    launched(LAUNCHED)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert World.from_environment().device == torch.device("cpu")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert World.from_environment().device == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert World.from_environment().device == torch.device("cuda", 0), "one GPU a task"
+
+
+def test_environment_names_what_a_bit_exact_resume_needs():
+    found = environment()
+    for name in ("torch", "deepspeed", "numpy", "python", "machine", "threads", "device"):
+        assert found[name]
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == str(torch.get_num_threads())
+
+
+def test_a_signal_is_noted_and_agreed():
+    stop = StopSignal(None)
+    assert not stop.received
+    assert not stop.agreed()
+    stop._handle(signal.SIGUSR1, None)
+    assert stop.received
+    assert stop.agreed()
+    assert stop.name == "SIGUSR1"
+
+
+SLEEPER = """
+import sys, time
+from pipeline.runtime import StopSignal
+stop = StopSignal(None)
+stop.install()
+print("ready", flush=True)
+while True:
+    time.sleep(0.02)
+    if stop.received:
+        print(stop.name, flush=True)
+        time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def sleeper():
+    """A process that has taken over the signals and says which one came first."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_after_three_seconds_exits_at_once(number):
+    with sleeper() as process:
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout.readline() == "SIGUSR1\n"
+        time.sleep(3.1)
+        assert process.poll() is None, "the first one only sets a flag"
+        process.send_signal(number)
+        assert process.wait(timeout=10) == 128 + number
+
+
+def test_signals_that_launchers_send_together_count_as_one():
+    with sleeper() as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "SIGINT\n"
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            process.send_signal(number)
+            time.sleep(0.2)
+        assert process.poll() is None
+
+
+@pytest.fixture
+def root_logger():
+    """The root logger, put back as pytest had it."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    for handler in before:
+        root.removeHandler(handler)  # or configure_logging would close it
+    yield root
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    for handler in before:
+        root.addHandler(handler)
+    root.setLevel(level)
+
+
+@pytest.mark.parametrize(("rank", "heard"), [(0, ["a warning", "an error"]), (2, ["an error"])])
+def test_messages(root_logger, tmp_path, capsys, rank, heard):
+    configure_logging(rank, tmp_path)
+    configure_logging(rank, tmp_path)  # a second time replaces the first
+    for write, text in (
+        (root_logger.info, "a detail"),
+        (root_logger.warning, "a warning"),
+        (root_logger.error, "an error"),
+    ):
+        write(text)
+    terminal = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2] for line in terminal] == heard
+    log = (tmp_path / "logs" / f"rank-{rank:05d}.log").read_text().splitlines()
+    assert [line.rpartition(": ")[2] for line in log] == ["a detail", "a warning", "an error"]
+    assert all(f"rank {rank} " in line for line in log)
+
+
+def test_without_a_folder_messages_go_to_the_terminal_alone(root_logger, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configure_logging(0, None)
+    assert len(root_logger.handlers) == 1
+    assert list(tmp_path.iterdir()) == []
