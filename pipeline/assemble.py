@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import UserError
+from data_prep.errors import CorruptError, UserError
 from data_prep.manifest import SPLITS
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ from pipeline.modeling.networks import Discriminator, Generator, init_weights
 from pipeline.progress import ProgressDisplay
 from pipeline.resume_rules import changed_deepspeed_keys, changed_keys, refuse_changes
 from pipeline.run_folder import RunFolder, to_json, write_durably
-from pipeline.runtime import StopSignal, World, environment
+from pipeline.runtime import StopSignal, World, environment, on_all_ranks
 from pipeline.step import ObjectiveKeys, RTDStep
 from pipeline.trainer import Services, Trainer, TrainState
 
@@ -193,13 +193,19 @@ def assemble(session: Session) -> Assembled:
         CorruptError: The dataset is damaged, or no commit is whole.
     """
     config, world = session.config, session.world
-    data = open_data(config)
+    data = on_all_ranks(session.control_group, lambda: open_data(config))
     identity = session.identity(data)
     resolved = resolved_config_dict(config, session.ds, session.plan)
     store = CheckpointStore(
         session.folder.checkpoints, config.checkpoint, world.rank, session.control_group
     )
     commit = store.newest_valid()
+    if commit is None and (lost_step := session.folder.committed_step()):
+        raise CorruptError(
+            f"{session.folder.path}: state.json says that step {lost_step} was committed, but "
+            "there is no commit in checkpoints/: restore one from a copy, or start again in "
+            "another run.folder"
+        )
     saved = commit.read_json("train_state.json") if commit else None
     notes: list[str] = []
     if commit and saved:

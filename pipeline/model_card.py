@@ -156,7 +156,9 @@ def _heldout_section(row: dict[str, Any] | None) -> str:
     """Tabulate held-out figures."""
     if row is None:
         return "\n## Held-out figures\n\nNone were measured up to this step.\n"
-    figures = {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")}
+    # A figure that was not finite is null.
+    names = [name for name, value in row.items() if name.startswith("eval/") and value is not None]
+    figures = {name.removeprefix("eval/"): row[name] for name in names}
     lines = [f"| {name} | {value:.4f} |" for name, value in figures.items()]
     return (
         f"\n## Held-out figures\n\nAt step {row['step']:,}, without dropout; losses in nats.\n\n"

@@ -130,10 +130,18 @@ class RunFolder:
             reason: One sentence for people.
         """
         if step is None:
-            state = self.path / "state.json"
-            step = json.loads(state.read_text())["step"] if state.exists() else 0
+            step = self.committed_step()
         value = {"status": status, "step": step, "reason": reason}
         write_durably(self.path / "state.json", to_json(value))
+
+    def committed_step(self) -> int:
+        """Read which step was last said to be safe.
+
+        Returns:
+            The step in state.json; 0 where nothing was committed yet.
+        """
+        state = self.path / "state.json"
+        return json.loads(state.read_text(encoding="utf-8"))["step"] if state.exists() else 0
 
     def note_restart(self, step: int, world_size: int, notes: list[str]) -> None:
         """Append a line to restarts.jsonl.

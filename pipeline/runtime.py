@@ -2,6 +2,7 @@
 
     World.from_environment   ranks from torchrun, the deepspeed launcher, MPI, or none of them
     start_world              the process group, a CPU group for control, pinned threads
+    on_all_ranks             what fails on one rank fails on all, with the same message
     StopSignal               SIGTERM, SIGUSR1, SIGINT set a flag; ranks agree on it once a step
     environment              versions and hardware, compared when a run resumes
     configure_logging        rank 0 to the terminal, every rank to logs/rank-NNNNN.log
@@ -19,9 +20,11 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,6 +35,8 @@ from data_prep.errors import UserError
 
 SECOND_SIGNAL_SECONDS = 3.0
 _MPI_RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +152,33 @@ def start_world(world: World, num_threads: int | None = None) -> dist.ProcessGro
     group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def on_all_ranks(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
+    """Do what may fail on some ranks alone, such as opening a file; a collective.
+
+    Args:
+        group: Control group of all ranks.
+        action: Called on every rank.
+
+    Returns:
+        What it returned on this rank.
+
+    Raises:
+        UserError: The error of the first rank that failed, of its type, on all ranks.
+    """
+    value, problem = None, None
+    try:
+        value = action()
+    except UserError as error:
+        problem = error
+    problems: list[UserError | None] = [None] * group.size()
+    dist.all_gather_object(problems, problem, group=group)
+    for rank, first in enumerate(problems):
+        if first is not None:
+            # Rank 0 speaks for all; what only another rank has seen needs its name.
+            raise type(first)(f"rank {rank}: {first}" if rank else str(first))
+    return cast(T, value)
 
 
 def use_deterministic_kernels() -> None:

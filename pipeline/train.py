@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--world-size", type=int, help="with --dry-run: ranks to plan for")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     # Words may stand between options; one with dashes is explained where the keys are known.
-    options, unknown = parser.parse_known_intermixed_args(argv)
+    options, unknown = parser.parse_known_args(argv)
     options.overrides += unknown
     if options.world_size is not None and not options.dry_run:
         raise UserError("--world-size goes with --dry-run; a launcher sets the number of ranks")

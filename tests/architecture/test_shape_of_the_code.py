@@ -20,8 +20,8 @@ LAYERS = {
     2: "modeling counter_rng masking rtd data",
     3: "optimizer schedule metrics runtime run_folder throughput progress",
     4: "engine engine_state",
-    5: "trainer checkpoint commit step assemble banner export export_reload export_verify hf_layout "
-    "model_card evaluate",
+    5: "trainer checkpoint commit step assemble banner export export_reload export_verify "
+    "hf_layout model_card evaluate",
     6: "cli commands_export commands_evaluate train demo",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

@@ -1,4 +1,4 @@
-"""The masking laws: exact counts, every position alike, and the released law, bare tail included."""
+"""The masking laws: exact counts, every position alike, and the released law with its bare tail."""
 
 import random
 

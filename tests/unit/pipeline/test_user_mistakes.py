@@ -1,46 +1,49 @@
 """Mistakes that people make, each with the one message that they get (exit code 2).
 
-Every case is a command line of `deberta train` and the files it names; `prepare` is the only place
-that knows how the command is run. Each message must name the file, key or number, and the cure.
+Every case is a command line of `deberta train` and the files it names. The command is run in this
+process, and what it may not do is build a model: each message comes before that, is the only one,
+and names the file, key or number, and the cure.
 """
 
-import argparse
 import json
-import subprocess
-import sys
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from data_prep.errors import EXIT_USAGE, UserError
-from pipeline.config_loading import load_run_config, require_data_path
-from pipeline.ds_config import check_device, load_deepspeed_config
+from data_prep.errors import EXIT_USAGE
+from pipeline.modeling.networks import Discriminator, Generator
+from pipeline.run_folder import RunFolder
+from pipeline.train import run
 
 DS_CONFIGS = Path(__file__).parents[3] / "ds_configs"
 GOOD_JSON = (DS_CONFIGS / "zero1_bf16.json").read_text()
+DEFAULTS = {"--config": "demo", "--deepspeed_config": str(DS_CONFIGS / "cpu_debug.json")}
 
 
-def prepare(argv: list[str]) -> None:
-    """Do what `deberta train --dry-run` does before any model is built."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config", default="demo")
-    parser.add_argument("--deepspeed_config", default=str(DS_CONFIGS / "cpu_debug.json"))
-    parser.add_argument("--world-size", type=int, default=1)
-    options, words = parser.parse_known_args(argv)
-    run_config = load_run_config(options.config, words)
-    deepspeed_config = load_deepspeed_config(options.deepspeed_config)
-    deepspeed_config.batch_plan(options.world_size)
-    check_device(deepspeed_config, "cpu")
-    require_data_path(run_config)
+@pytest.fixture(autouse=True)
+def no_model(monkeypatch):
+    """A message that comes after a model was built comes too late."""
+
+    def refuse(*_arguments):
+        raise AssertionError("a model was built before the message")
+
+    for network in (Generator, Discriminator):
+        monkeypatch.setattr(network, "__init__", refuse)
 
 
-def check(argv: list[str]) -> str:
-    """Run a command line that must fail as a usage error; return its message."""
-    with pytest.raises(UserError) as caught:
-        prepare(argv)
-    assert caught.value.exit_code == EXIT_USAGE
-    return str(caught.value)
+def check(argv: list[str], capsys) -> str:
+    """Run a command line that must fail as a usage error; return its only message."""
+    defaults = [word for pair in DEFAULTS.items() if pair[0] not in argv for word in pair]
+    assert run([*defaults, *argv]) == EXIT_USAGE
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("error: ")
+    assert errors.count("error: ") == 1
+    assert "Traceback" not in errors
+    assert len(errors.splitlines()) <= 24, "one screen"
+    return errors
 
 
 @dataclass
@@ -85,6 +88,27 @@ def toml(text, says):
 
 
 MISTAKES = {
+    "config forgotten": Mistake(
+        ["--config"], ["argument --config: expected one argument", "example:", "deberta train"]
+    ),
+    "unknown option": words("--epochs", "3", says=["'--epochs' is not of the form section.key"]),
+    "option abbreviated": words("--deepspeed", "x.json", says=["'--deepspeed' is not of the form"]),
+    "world size of a real run": words("--world-size", "8", says=["goes with --dry-run"]),
+    "world of nobody": words(
+        "--dry-run", "--world-size", "0", says=["--world-size 0", "1 or more"]
+    ),
+    "world size in words": words(
+        "--dry-run", "--world-size", "two", says=["--world-size", "'two'"]
+    ),
+    "dataset missing": words(
+        "data.path=nowhere", "--dry-run", says=["nowhere: no such dataset", "deberta-prep build"]
+    ),
+    "text as a dataset": words(
+        "data.path=texts", "--dry-run", says=["texts", "deberta-prep build"]
+    ),
+    "run folder is a file": words(
+        "data.path=x", "run.folder=mine.txt", says=["run.folder mine.txt: cannot be written"]
+    ),
     "preset misspelt": words(
         "--config", "deberta_v3_lage", says=["deberta_v3_lage", "did you mean 'deberta_v3_large'"]
     ),
@@ -188,11 +212,13 @@ MISTAKES = {
         {"train_batch_size": 1000}, says=["1000 is not a multiple of", "992, 1024"]
     ),
     "batch and world": deepspeed(
-        {}, argv=["--world-size", "6"], says=["8192", "32 per rank x 6 ranks = 192", "use 4 ranks"]
+        {},
+        argv=["--dry-run", "--world-size", "6"],
+        says=["8192", "32 per rank x 6 ranks = 192", "use 4 ranks"],
     ),
     "micro batch too large for the world": deepspeed(
         {},
-        argv=["--world-size", "512"],
+        argv=["--dry-run", "--world-size", "512"],
         says=["32 per rank x 512 ranks = 16384", "1, 2, 4, 8, 16."],
     ),
     "zero as a switch": deepspeed(
@@ -208,30 +234,56 @@ def test_the_list_is_long_enough():
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake(name, tmp_path, monkeypatch):
+def test_mistake(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     mistake = MISTAKES[name]
     for file, text in mistake.files.items():
         (tmp_path / file).write_text(text)
-    message = check(mistake.argv)
+    (tmp_path / "mine.txt").write_text("not a folder")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "speech.txt").write_text("text, not shards")
+    message = check(mistake.argv, capsys)
     assert [part for part in mistake.says if part not in message] == [], message
 
 
-def test_without_a_mistake_there_is_no_message():
-    prepare(["data.path=shards", "schedule.max_steps=100"])
+def test_a_dataset_of_another_vocabulary(dataset_folder, vocab_size, capsys):
+    message = check([f"data.path={dataset_folder}", "--dry-run"], capsys)
+    assert f"vocabulary of {vocab_size}, model.vocab_size is 4100" in message
+    assert f"set model.vocab_size={vocab_size}" in message
 
 
-def test_nothing_heavy_is_imported_before_the_message():
-    code = (
-        "import sys, pipeline.config_loading, pipeline.ds_config, pipeline.resume_rules;"
-        "print(*sorted({'torch', 'deepspeed', 'transformers', 'numpy'} & sys.modules.keys()))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=DS_CONFIGS.parent,
-        timeout=60,
-    )
-    assert done.stdout == "\n"
+def test_a_dataset_that_was_never_finished(dataset_folder, tmp_path, capsys):
+    shutil.copytree(dataset_folder, tmp_path / "half")
+    (tmp_path / "half" / "manifest.json").unlink()
+    (tmp_path / "half" / "manifest.sha256").unlink()
+    message = check([f"data.path={tmp_path / 'half'}", "--dry-run"], capsys)
+    assert str(tmp_path / "half") in message
+    assert "deberta-prep build" in message
+
+
+def test_a_run_folder_in_use(tmp_path, capsys):
+    holder = RunFolder(tmp_path / "run")
+    holder.acquire()
+    try:
+        message = check(["data.path=x", f"run.folder={tmp_path / 'run'}"], capsys)
+    finally:
+        holder.release()
+    assert f"run.folder {tmp_path / 'run'} is in use by" in message
+    assert "choose another run.folder" in message
+
+
+def test_a_launcher_that_forgot_its_address(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    message = check(["data.path=x"], capsys)
+    assert "RANK is set but" in message
+    assert "MASTER_ADDR, MASTER_PORT is not" in message
+
+
+def test_without_a_mistake_there_is_no_message(monkeypatch, capsys):
+    monkeypatch.undo()  # a dry run counts the parameters of networks without memory
+    words = [word for pair in DEFAULTS.items() for word in pair]
+    assert run([*words, "schedule.max_steps=100", "--dry-run"]) == 0
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,266 @@
+"""`deberta train` up to the first step: help, dry runs, and what a resumed run is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from data_prep.errors import EXIT_USAGE, UserError
+from data_prep.shards import Dataset
+from pipeline.assemble import Session, compare_with_commit, open_data
+from pipeline.commit import list_commits
+from pipeline.config_loading import load_run_config, preset_names
+from pipeline.ds_config import load_deepspeed_config
+from pipeline.run_folder import RunFolder
+from pipeline.train import main, parse, run
+from tests.worlds import ROOT, environment, train
+
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+CPU_DEBUG = str(ROOT / "ds_configs" / "cpu_debug.json")
+DRY = ["--config", "demo", "--deepspeed_config", CPU_DEBUG, "--dry-run"]
+
+
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("ranks", [1, 8, 64, 512])
+def test_dry_run(preset, path, ranks, capsys):
+    document = json.loads(path.read_text())
+    total, micro = document["train_batch_size"], document["train_micro_batch_size_per_gpu"]
+    words = ["--config", preset, "--deepspeed_config", str(path), "--world-size", str(ranks)]
+    code = run([*words, "--dry-run"])
+    output, errors = capsys.readouterr()
+    if total % (micro * ranks):
+        assert code == EXIT_USAGE
+        assert errors.startswith(f"error: {path}: train_batch_size {total} is not a multiple of")
+        assert output == ""
+        return
+    assert code == 0
+    assert errors == ""
+    accumulation = total // (micro * ranks)
+    assert f"= {micro} per rank x {accumulation} accumulation x {ranks} ranks =" in output
+    assert "parameters: generator" in output
+    assert "GiB a rank" in output
+
+
+def test_dry_run_counts_the_published_parameters(capsys):
+    """Facts 1.2 for large, less the dead 512 x 1024 table of the discriminator."""
+    assert run(["--config", "deberta_v3_large", *DRY[2:]]) == 0
+    expected = f"generator {284_561_508:,}, discriminator {435_589_121 - 512 * 1024:,}"
+    assert expected in capsys.readouterr().out
+
+
+def test_dry_run_touches_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run([*DRY, "run.folder=runs/mine"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_looks_at_the_data(dataset_folder, tiny_run, capsys):
+    words = ["--config", str(tiny_run()), *DRY[2:], f"data.path={dataset_folder}"]
+    assert run(words) == 0
+    data = Dataset.open(dataset_folder)
+    tokens = data.split_tokens("train")
+    epochs = 12 * 32 / -(-tokens // 30)
+    assert f"data: {tokens:,} training tokens, {epochs:.3g} epochs" in capsys.readouterr().out
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("--config", "--deepspeed_config", "--dry-run", "example:", "schedule.max_steps="):
+        assert part in text
+
+
+def test_main_exits_with_the_code(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--config", "demo"])
+    assert caught.value.code == EXIT_USAGE
+    assert "--deepspeed_config" in capsys.readouterr().err
+
+
+def test_words_may_stand_anywhere():
+    options = parse(
+        ["run.seed=1", "--config", "c", "data.path=d", "--deepspeed_config", "j", "x.y=2"]
+    )
+    assert options.overrides == ["run.seed=1", "data.path=d", "x.y=2"]
+
+
+def test_the_deepspeed_launcher_s_flag_is_accepted():
+    words = ["--local_rank=3", "--config", "c", "--deepspeed_config", "j"]
+    assert parse(words).overrides == []
+
+
+def test_other_ranks_are_silent(capsys, monkeypatch):
+    """What is wrong with the command line is wrong on every rank; one of them says it."""
+    monkeypatch.setenv("RANK", "5")
+    assert run(["--config", "nowhere", "--deepspeed_config", CPU_DEBUG]) == EXIT_USAGE
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_mistake_costs_no_heavy_import():
+    code = (
+        "import sys; from pipeline.train import run; assert run(sys.argv[1:]) == 2;"
+        "print(*sorted({'torch', 'deepspeed', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
+    words = ["--config", "demo", "--deepspeed_config", CPU_DEBUG, "schedule.max_step=3"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "\n"
+
+
+@pytest.fixture(scope="module")
+def finished(dataset_folder, tmp_path_factory):
+    """A run of two steps, really trained: its folder and what started it."""
+    folder = tmp_path_factory.mktemp("finished")
+    from tests.conftest import TINY_RUN
+
+    config = folder / "tiny.toml"
+    vocab_size = Dataset.open(dataset_folder).manifest.vocab_size
+    config.write_text(TINY_RUN.format(vocab_size=vocab_size, dropout=0.1))
+    words = ["schedule.max_steps=2", "schedule.warmup_steps=1", "checkpoint.interval_steps=1"]
+    arguments = (config, CPU_DEBUG, dataset_folder, folder / "run", *words)
+    code, output = train(*arguments)
+    assert code == 0, output
+    return SimpleNamespace(arguments=arguments, folder=folder / "run", output=output)
+
+
+def test_what_a_run_leaves(finished):
+    folder = finished.folder
+    assert json.loads((folder / "state.json").read_text()) == {
+        "status": "done",
+        "step": 2,
+        "reason": "",
+    }
+    assert [commit.step for commit in list_commits(folder / "checkpoints")] == [1, 2]
+    resolved = load_run_config(str(folder / "config.resolved.json"))
+    assert resolved.schedule.max_steps == 2
+    assert load_deepspeed_config(folder / "config.resolved.json").train_batch_size == 32
+    assert json.loads((folder / "environment.json").read_text())["torch"]
+    assert "run: " in finished.output
+    assert "MA 0." not in finished.output, "DeepSpeed's chatter"
+    assert "Traceback" not in finished.output
+    assert "Warning" not in finished.output
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    config, ds, data, _, *words = finished.arguments
+    before = (folder / "metrics.jsonl").read_text()
+    code, output = train(config, ds, data, folder, *words)
+    assert code == 0, output
+    assert "nothing left to do: 2 steps are done" in output
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert json.loads((folder / "state.json").read_text())["status"] == "done"
+
+
+def test_a_run_folder_of_another_configuration_is_refused(finished):
+    state = (finished.folder / "state.json").read_text()
+    code, output = train(*finished.arguments, "run.seed=7", "checkpoint.keep_last=9")
+    assert code == EXIT_USAGE, output
+    assert output.count("error:") == 1
+    assert "run.seed was 42 and is now 7" in output
+    assert "start a new run with another run.folder" in output
+    assert "keep_last" not in output
+    assert "Traceback" not in output
+    assert (finished.folder / "state.json").read_text() == state
+
+
+def test_a_resume_without_its_commits_is_refused(finished, tmp_path):
+    """It would begin at step 0 and cut all metrics: somebody has lost a disk, not made a wish."""
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    config, ds, data, _, *words = finished.arguments
+    code, output = train(config, ds, data, folder, *words)
+    assert code == 88, output
+    assert "step 2 was committed" in output
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2, "a row and an evaluation"
+
+
+def session(finished, dataset_folder, *words, ranks=1):
+    config, ds, _, folder, *more = finished.arguments
+    arguments = [f"data.path={dataset_folder}", f"run.folder={folder}", *more, *words]
+    deepspeed = load_deepspeed_config(ds)
+    world = SimpleNamespace(world_size=ranks)
+    return Session(
+        load_run_config(str(config), arguments),
+        deepspeed,
+        deepspeed.batch_plan(1),
+        world,
+        None,
+        RunFolder(folder),
+        None,
+    )
+
+
+def compare(finished, dataset_folder, *words, ranks=1, **changes):
+    (*_, commit) = list_commits(finished.folder / "checkpoints")
+    here = session(finished, dataset_folder, *words, ranks=ranks)
+    before = commit.read_json("train_state.json")["identity"]
+    now = here.identity(open_data(here.config))
+    for name, value in changes.items():
+        now = {**now, name: value(now[name])}
+    return compare_with_commit(here, commit, before, now)
+
+
+def test_the_same_start_has_nothing_to_note(finished, dataset_folder):
+    threads = {"environment": lambda e: {**e, "threads": "1", "device": "cpu"}}
+    assert compare(finished, dataset_folder, **threads) == []
+
+
+def test_another_host_or_job_is_nothing_to_note(finished, dataset_folder):
+    changed = {"environment": lambda e: {**e, "threads": "1", "host": "n7", "slurm_job_id": "9"}}
+    assert compare(finished, dataset_folder, **changed) == []
+
+
+def test_what_keeps_a_resume_from_being_exact_is_noted(finished, dataset_folder):
+    changed = {"environment": lambda e: {**e, "threads": "1", "torch": "9.9"}}
+    words = ["model.attention_backend=eager"]
+    notes = compare(finished, dataset_folder, *words, ranks=2, **changed)
+    assert len(notes) == 3
+    text = "\n".join(notes)
+    assert 'model.attention_backend was "torch" and is now "eager"' in text
+    assert "2 ranks instead of 1: the same samples, masks and draws" in text
+    assert "is now 9.9: not bit for bit the same from here" in text
+
+
+@pytest.mark.parametrize("key", ["dataset_fingerprint", "tokenizer_fingerprint"])
+def test_other_data_is_refused(finished, dataset_folder, key):
+    with pytest.raises(UserError) as caught:
+        compare(finished, dataset_folder, **{key: lambda value: "0123456789ab" + value[12:]})
+    assert f"({key} 0123456789ab, then " in str(caught.value)
+    assert "give the same dataset, or start a new run" in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["data.sequence_length=16", "objective.mask_prob=0.2"])
+def test_another_objective_is_refused(finished, dataset_folder, word):
+    key, _, value = word.partition("=")
+    with pytest.raises(UserError, match=rf"{key} was .* and is now {value}"):
+        compare(finished, dataset_folder, word)
+
+
+def test_the_vocabulary_is_compared_before_anything_is_built(finished, dataset_folder, tmp_path):
+    """The only mistake about data that a rank finds after it joined its world."""
+    command = [sys.executable, "-m", "pipeline.train", *DRY[:4]]
+    done = subprocess.run(
+        [*command, f"data.path={dataset_folder}", f"run.folder={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        timeout=120,
+    )
+    assert done.returncode == EXIT_USAGE
+    assert done.stderr.count("\n") == 1
+    assert "was tokenized with a vocabulary of" in done.stderr
+    assert done.stdout == ""
