@@ -155,10 +155,14 @@ MISTAKES = {
         "data.sequence_length=1024", says=["1024 is more than", "max_position_embeddings 128"]
     ),
     "warm-up longer than the run": words(
-        "schedule.max_steps=20", says=["warmup_steps 50 is more than schedule.max_steps 20"]
+        "schedule.max_steps=20",
+        "schedule.warmup_steps=21",
+        says=["warmup_steps 21 is more than schedule.max_steps 20", "schedule.warmup_steps=2"],
     ),
     "milestones without commits": words(
-        "checkpoint.milestone_interval_steps=150", says=["150 is not a multiple of", "100"]
+        "checkpoint.milestone_interval_steps=150",
+        "checkpoint.interval_steps=100",
+        says=["150 is not a multiple of", "100"],
     ),
     "batch on the command line": words(
         "train_batch_size=64", says=["train_batch_size belongs in the DeepSpeed JSON"]
