@@ -5,19 +5,16 @@
     3. training    deberta train, preset `demo`, one process
     4. export      deberta export
     5. loading     AutoModel and AutoTokenizer in a process of their own
-    6. held-out    deberta evaluate on the held-out split
-    7. fine-tuning deberta evaluate on "who said it?", against a random start
+    6. held-out    deberta evaluate: the exported files on the held-out split
 
 Every stage can be interrupted; the same command goes on. Each stage's output is in OUTPUT/logs.
 """
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +39,6 @@ DEEPSPEED = {
 
 NUM_PIECES = 4000
 HELDOUT_FRACTION = 0.05
-SPEAKERS = 4
-TEST_FRACTION_PERCENT = 25
 LOADING = """from transformers import AutoModel, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{path}")
 model = AutoModel.from_pretrained("{path}")"""
@@ -126,15 +121,10 @@ class Demo:
         self.command("dataset", [*build, "--output", str(self.dataset), *options])
 
     def evaluate(self) -> None:
-        """Measure the exported model on the held-out split and on a labelled task."""
+        """Measure the exported model on the held-out split."""
         evaluate = ["deberta", "evaluate", str(self.export)]
         output = ("--output", str(self.output / "heldout.json"))
         self.command("held-out", [*evaluate, "--dataset", str(self.dataset), *output])
-        train_file, test_file = self.write_task()
-        files = ("--train", str(train_file), "--test", str(test_file))
-        options = ("--seeds", "2", "--epochs", "3", "--max-length", "128")
-        output = ("--output", str(self.output / "finetuning.json"))
-        self.command("fine-tuning", [*evaluate, *files, *options, *output])
 
     def command(
         self,
@@ -178,29 +168,6 @@ class Demo:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise UserError(f"the demo's stage {name!r} ended with {code}; {log} ends with\n{tail}")
 
-    def write_task(self) -> tuple[Path, Path]:
-        """Make a labelled task from the corpus: which president spoke this paragraph?
-
-        Returns:
-            Training and test file (jsonl with text and label), of different speeches' paragraphs.
-        """
-        paragraphs = []
-        for path in sorted(self.corpus.glob("*.txt")):
-            speaker = re.sub(r"^\d+-", "", path.stem)
-            lines = path.read_text(encoding="utf-8").splitlines()
-            paragraphs += [(line, speaker) for line in lines if len(line) > 200]
-        counts = Counter(speaker for _, speaker in paragraphs)
-        speakers = sorted(name for name, _ in counts.most_common(SPEAKERS))
-        kept = [pair for pair in paragraphs if pair[1] in speakers]
-        files = self.output / "task-train.jsonl", self.output / "task-test.jsonl"
-        texts: tuple[list[str], list[str]] = ([], [])
-        for number, (text, label) in enumerate(kept):
-            is_test = number * TEST_FRACTION_PERCENT % 100 < TEST_FRACTION_PERCENT
-            texts[is_test].append(json.dumps({"text": text, "label": label}) + "\n")
-        for file, lines in zip(files, texts, strict=True):
-            write_durably(file, "".join(lines))
-        return files
-
     def figures(self) -> dict[str, Any]:
         """Collect what the demo shows.
 
@@ -216,7 +183,6 @@ class Demo:
             "first": {**training[0], **heldout[0]},
             "last": {**training[-1], **heldout[-1]},
             "heldout": json.loads((self.output / "heldout.json").read_text()),
-            "finetuning": json.loads((self.output / "finetuning.json").read_text()),
         }
 
     def report(self, figures: dict[str, Any], loading: str) -> None:

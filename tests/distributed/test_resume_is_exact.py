@@ -11,6 +11,9 @@ from tests.worlds import rows, train, train_and_kill
 
 pytestmark = pytest.mark.distributed
 
+# Long enough that a signal after the first rows still finds the run at work.
+LONG = ("schedule.max_steps=60", "checkpoint.interval_steps=5", "evaluation.interval_steps=20")
+
 
 def has_row(folder, step):
     """Whether metrics.jsonl has a row of this step or a later one."""
@@ -32,18 +35,17 @@ def test_kill_and_resume(
 ):
     config, ds = tiny_run(dropout=0.1), deepspeed_json(stage, 2, precision)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    code, output = train(config, ds, dataset_folder, undisturbed, ranks=ranks)
+    code, output = train(config, ds, dataset_folder, undisturbed, *LONG, ranks=ranks)
     assert code == 0, output
-    step = random.Random(f"{stage}{precision}").choice([3, 6])
-    code, output = train_and_kill(
-        has_row(killed, step), signal.SIGKILL, config, ds, dataset_folder, killed, ranks=ranks
-    )
+    step = random.Random(f"{stage}{precision}").choice([3, 6, 12, 18])
+    arguments = (config, ds, dataset_folder, killed, *LONG)
+    code, output = train_and_kill(has_row(killed, step), signal.SIGKILL, *arguments, ranks=ranks)
     assert code != 0, output
     assert json.loads((killed / "state.json").read_text())["status"] == "running"
-    code, output = train(config, ds, dataset_folder, killed, ranks=ranks)
+    code, output = train(*arguments, ranks=ranks)
     assert code == 0, output
     assert rows(killed) == rows(undisturbed)
-    commits = [folder / "checkpoints" / "step-00000012" for folder in (undisturbed, killed)]
+    commits = [folder / "checkpoints" / "step-00000060" for folder in (undisturbed, killed)]
     for network in ("generator", "discriminator"):
         for rank in range(ranks):
             name = f"{network}/rank-{rank:05d}.safetensors"
@@ -53,12 +55,12 @@ def test_kill_and_resume(
 def test_stop_request_to_one_rank(tiny_run, deepspeed_json, dataset_folder, tmp_path):
     config, ds = tiny_run(dropout=0.1), deepspeed_json(2, 2)
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
-    assert train(config, ds, dataset_folder, undisturbed, ranks=2)[0] == 0
+    assert train(config, ds, dataset_folder, undisturbed, *LONG, ranks=2)[0] == 0
 
     def rank_0():
         return json.loads((stopped / ".holder.json").read_text())["pid"]
 
-    arguments = (config, ds, dataset_folder, stopped)
+    arguments = (config, ds, dataset_folder, stopped, *LONG)
     code, output = train_and_kill(
         has_row(stopped, 3), signal.SIGUSR1, *arguments, only=rank_0, ranks=2
     )
@@ -76,7 +78,7 @@ def test_stop_request_to_one_rank(tiny_run, deepspeed_json, dataset_folder, tmp_
 def test_exit_code_of_a_stopped_process(number, tiny_run, deepspeed_json, dataset_folder, tmp_path):
     run = tmp_path / "run"
     code, output = train_and_kill(
-        has_row(run, 3), number, tiny_run(), deepspeed_json(1, 4), dataset_folder, run
+        has_row(run, 3), number, tiny_run(), deepspeed_json(1, 4), dataset_folder, run, *LONG
     )
     assert code == 75, output
 
