@@ -46,6 +46,9 @@ def test_from_own_text_to_own_model(
         words = [substitutes.get(word, word) for word in shlex.split(line)]
         # One document a line: eight speeches are too few documents to hold any out.
         extra = ["--txt-document", "line", "--heldout-fraction", "0.1"] if "build" in words else []
+        extra += (
+            ["--max-length", "32"] if "--train" in words else []
+        )  # the tiny model's limit is 64
         done = subprocess.run(
             [sys.executable, "-m", MODULES[words[0]], *words[1:], *extra],
             capture_output=True,

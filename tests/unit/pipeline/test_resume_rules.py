@@ -128,7 +128,7 @@ def test_refused_changes_come_in_one_message_with_the_cure():
     assert str(caught.value) == (
         "resuming runs/x has 2 problems:\n"
         f"  - run.seed was 42 and is now 7: what was learned so far depends on it; {cure}\n"
-        "  - schedule.max_steps was 500 and is now 1000: what was learned so far depends on it;"
+        "  - schedule.max_steps was 300 and is now 1000: what was learned so far depends on it;"
         f" {cure}"
     )
     assert caught.value.exit_code == EXIT_USAGE
