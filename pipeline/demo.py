@@ -202,7 +202,7 @@ class Demo:
         for name, label in _SHOWN.items():
             table.add_row(label, f"{first[name]:.4f}", f"{last[name]:.4f}")
         table.add_row(
-            "unigram entropy of the corpus, nats", "", f"{figures['unigram_entropy']:.4f}"
+            "unigram entropy of the held-out text, nats", "", f"{figures['unigram_entropy']:.4f}"
         )
         self.console.print(table)
         for label, path in (("dataset", self.dataset), ("run", self.run_folder)):
