@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.process import BaseProcess
@@ -81,26 +81,22 @@ class ProcessExecutor:
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 pending |= {pool.submit(task, i) for i in islice(remaining, len(done))}
-                yield from (_result(future) for future in done)
-        except BaseException:
+                yield from (future.result() for future in done)
+        except BaseException as error:
             # Results are atomic files, so nothing is lost by not waiting for the rest; an unkilled
             # worker would keep the interpreter from ending.
             for worker in set(multiprocessing.active_children()) - others:
                 worker.kill()
+            if isinstance(error, BrokenProcessPool):
+                # Told by the pool when a result is asked for, or when the next item is handed in.
+                raise WorkerDiedError(
+                    "a worker process died without a word: it was killed, most often for lack of "
+                    "memory (each needs up to 1.5 GiB; lower --workers). Finished units are kept: "
+                    "run the same command again to continue"
+                ) from error
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _result(future: Future[Result]) -> Result:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise WorkerDiedError(
-            "a worker process died without a word: it was killed, most often for lack of memory "
-            "(each needs up to 1.5 GiB; lower --workers). Finished units are kept: run the same "
-            "command again to continue"
-        ) from error
 
 
 def _die_with_parent() -> None:

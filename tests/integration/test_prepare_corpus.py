@@ -181,49 +181,61 @@ def test_the_number_of_workers_does_not_matter(prepared):
     assert hashes(folder / "three") == hashes(folder / "one")
 
 
-@pytest.mark.parametrize("whom", ["the group", "the parent"])
-def test_kills_do_not_matter(prepared, whom):
+@pytest.fixture(scope="module")
+def long_build(prepared):
+    """The words and the hashes of a build so long that a kill meets it at work on any machine."""
     folder, _, _ = prepared
-    output = f"killed-{whom[-5:]}"
+    for number in range(8):
+        text = [f"{number}: {paragraph}" for paragraph in paragraphs()]
+        (folder / "long" / f"{number}").mkdir(parents=True)
+        (folder / "long" / f"{number}" / "speeches.jsonl").write_bytes(jsonl(text))
+    write_damage(folder / "long" / "damage", paragraphs()[-4:])
+    words = ["long" if word == "corpus" else word for word in build_words("undisturbed", 2)]
+    built = deberta_prep(folder, *words)
+    assert built.returncode == 0, built.stderr
+    return folder, words, hashes(folder / "undisturbed")
+
+
+@pytest.mark.parametrize("whom", ["the group", "the parent"])
+def test_kills_do_not_matter(long_build, whom):
+    folder, words, expected = long_build
+    output = folder / f"killed-{whom[-5:]}"
+    words = [output.name if word == "undisturbed" else word for word in words]
     rng = random.Random(whom)
-    kills = 0
-    while True:
+    for kill in range(3):
         # Workers of the killed build must not disturb the next one, so their end is not awaited.
         process = subprocess.Popen(
-            command(*build_words(output, 2)),
+            command(*words),
             cwd=folder,
             env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        wait_for_progress(process, folder / output, kills)
-        time.sleep(rng.uniform(0, 0.2))
-        if process.poll() is not None:
-            break
+        wait_for_progress(process, output, rng.randint(5 * kill + 1, 5 * kill + 5))
+        assert process.poll() is None
         if whom == "the group":
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
         process.wait()
-        kills += 1
-    assert process.returncode == 0
-    assert kills >= 2
-    assert hashes(folder / output) == hashes(folder / "one")
+    assert deberta_prep(folder, *words).returncode == 0
+    assert hashes(output) == expected
 
 
-def wait_for_progress(process: subprocess.Popen, output: Path, kills: int) -> None:
-    """Wait for two more finished units a kill, or for the end."""
+def wait_for_progress(process: subprocess.Popen, output: Path, units: int) -> None:
+    """Wait until so many units are finished, or for the end."""
     while process.poll() is None:
-        if len(list(output.glob(".work/unit-*/done.json"))) >= 2 * (kills + 1):
+        if len(list(output.glob(".work/unit-*/done.json"))) >= units:
             return
-        time.sleep(0.01)
+        time.sleep(0.003)
 
 
-def test_a_killed_worker_is_told_and_the_build_goes_on(prepared):
-    folder, _, _ = prepared
+def test_a_killed_worker_is_told_and_the_build_goes_on(long_build):
+    folder, words, expected = long_build
+    words = ["lamed" if word == "undisturbed" else word for word in words]
     process = subprocess.Popen(
-        command(*build_words("lamed", 2)),
+        command(*words),
         cwd=folder,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -231,7 +243,7 @@ def test_a_killed_worker_is_told_and_the_build_goes_on(prepared):
         text=True,
         start_new_session=True,
     )
-    wait_for_progress(process, folder / "lamed", 0)
+    wait_for_progress(process, folder / "lamed", 2)
     for child in psutil.Process(process.pid).children():
         # The other child is multiprocessing's resource tracker.
         if "spawn_main" in " ".join(child.cmdline()):
@@ -240,8 +252,8 @@ def test_a_killed_worker_is_told_and_the_build_goes_on(prepared):
     assert process.returncode == 1
     assert "run the same command again to continue" in err
     assert "Traceback" not in err
-    assert deberta_prep(folder, *build_words("lamed", 1)).returncode == 0
-    assert hashes(folder / "lamed") == hashes(folder / "one")
+    assert deberta_prep(folder, *words).returncode == 0
+    assert hashes(folder / "lamed") == expected
 
 
 MEASURE = """
