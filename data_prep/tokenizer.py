@@ -10,11 +10,13 @@ same tokenizer in `hf_tokenizer`.
 """
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from data_prep.errors import UserError
@@ -23,6 +25,8 @@ MODEL_FILE = "spm.model"
 PAD, CLS, SEP, UNK, MASK = "[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"
 CONTROL_PIECES = (PAD, CLS, SEP, UNK)
 """The pieces with ids 0 to 3."""
+SPACE_MARK = "\u2581"
+"""How pieces spell the space in front of a word."""
 _VOCAB_MULTIPLE = 100
 
 
@@ -36,6 +40,18 @@ def padded_vocab_size(num_pieces: int) -> int:
         Pieces and [MASK], rounded up to a multiple of 100: 128,000 pieces give 128,100.
     """
     return -(-(num_pieces + 1) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+
+def _is_separator(piece: str) -> bool:
+    """Tell a single character that is punctuation, a space or a control character.
+
+    ASCII symbols such as "$" and "^" count as punctuation, as in BERT.
+    """
+    if len(piece) != 1:
+        return False
+    category = unicodedata.category(piece)
+    is_symbol = piece.isascii() and not piece.isalnum()
+    return is_symbol or category[0] in "CP" or category == "Zs"
 
 
 class Tokenizer:
@@ -118,6 +134,23 @@ class Tokenizer:
     def byte_ids(self) -> frozenset[int]:
         """Ids of the 256 pieces that spell bytes; empty for a model without byte fallback."""
         return frozenset(n for n in range(self.num_pieces) if self._processor.is_byte(n))
+
+    @cached_property
+    def is_word_start(self) -> npt.NDArray[np.bool_]:
+        """Which ids begin a word, bool [vocab_size]; other pieces continue the one before them.
+
+        A piece with the space mark does, and so does a lone punctuation mark; ids that are no
+        pieces of text do not count.
+
+        Source:
+            `spm_tokenizer.py` (part_of_whole_word) of the release.
+        """
+        flags = np.zeros(self.vocab_size, dtype=np.bool_)
+        for value in range(len(CONTROL_PIECES), self.num_pieces):
+            piece = self._piece(value)
+            flags[value] = piece.startswith(SPACE_MARK) or _is_separator(piece)
+        flags.flags.writeable = False
+        return flags
 
     @property
     def model_bytes(self) -> bytes:

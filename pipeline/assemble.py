@@ -2,7 +2,7 @@
 
     1. dataset     opened, and compared with the model
     2. commit      the newest valid one, if there is any; its configuration and data compared
-    3. networks    initial weights from the seed, or the commit's
+    3. networks    the commit's weights, those of `initialize.path`, or the seed's
     4. engines     DeepSpeed around both; then Adam's state from the commit
     5. trainer     with its services
 
@@ -16,127 +16,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from data_prep.errors import CorruptError, UserError
-from data_prep.manifest import SPLITS
-from data_prep.shards import Dataset
-from data_prep.tokenizer import Tokenizer
 from pipeline.checkpoint import CheckpointStore
 from pipeline.commit import Commit
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config, resolved_config_dict
-from pipeline.data import SampleOrder, SequenceStream, TrainBatches
+from pipeline.data import TrainBatches, train_batches
 from pipeline.ds_config import BatchPlan, DeepSpeedConfig, load_deepspeed_config
 from pipeline.engine import Engines, start_engines
 from pipeline.engine_state import StateReader, restore_state
 from pipeline.evaluate.heldout import evaluate_heldout
+from pipeline.initialize.pair import initialize_pair
 from pipeline.metrics import IntervalSums, MetricsWriter
-from pipeline.modeling.networks import Discriminator, Generator, init_weights
+from pipeline.modeling.pair import NetworkPair
+from pipeline.phases import TrainSchedule
 from pipeline.progress import ProgressDisplay
 from pipeline.resume_rules import changed_deepspeed_keys, changed_keys, refuse_changes
+from pipeline.run_data import RunData, open_run_data
 from pipeline.run_folder import RunFolder, to_json, write_durably
 from pipeline.runtime import StopSignal, World, environment, on_all_ranks
-from pipeline.step import ObjectiveKeys, RTDStep
+from pipeline.step import TrainingStep, build_step
 from pipeline.trainer import Services, Trainer, TrainState
+from pipeline.weights import load_commit_pair, new_pair
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OpenData:
-    """The dataset of a run, checked against its configuration."""
-
-    dataset: Dataset
-    tokenizer: Tokenizer
-    train: SequenceStream
-    heldout: SequenceStream
-
-    @property
-    def mask_id(self) -> int:
-        """Id of [MASK]."""
-        return self.tokenizer.mask_id
-
-    def describe(self) -> str:
-        """Sum up the data for the banner.
-
-        Returns:
-            Fingerprint, shards, tokens and sequences of both splits.
-        """
-        train, heldout = self.train, self.heldout
-        return (
-            f"{len(self.dataset.manifest.shards)} shards, fingerprint "
-            f"{self.dataset.fingerprint[:12]}; train {train.num_tokens:,} tokens in "
-            f"{train.num_sequences:,} sequences, held out {heldout.num_sequences:,} sequences"
-        )
-
-
-def open_data(config: RunConfig) -> OpenData:
-    """Open the dataset and compare it with the model.
-
-    Args:
-        config: The run.
-
-    Returns:
-        The open data.
-
-    Raises:
-        UserError: The vocabulary differs, or there is nothing to train on.
-        CorruptError: The dataset is not what was written.
-    """
-    dataset = Dataset.open(config.data.path)
-    vocab_size = dataset.manifest.vocab_size
-    if vocab_size != config.model.vocab_size:
-        raise UserError(
-            f"data.path {config.data.path} was tokenized with a vocabulary of {vocab_size}, "
-            f"model.vocab_size is {config.model.vocab_size}: set model.vocab_size={vocab_size}, or "
-            "choose a dataset that belongs to this model"
-        )
-    length = config.data.sequence_length
-    train, heldout = (SequenceStream(dataset, split, length) for split in SPLITS)
-    if train.num_sequences == 0:
-        raise UserError(f"data.path {config.data.path} holds no training tokens: build it again")
-    return OpenData(dataset, Tokenizer.load(dataset.tokenizer_folder), train, heldout)
-
-
-def build_networks(config: RunConfig) -> tuple[Generator, Discriminator]:
-    """Build both networks with the initial weights of the run's seed.
-
-    Args:
-        config: The run.
-
-    Returns:
-        The generator and the discriminator, fp32, on the CPU.
-    """
-    generator = Generator(config.generator, config.model)
-    discriminator = Discriminator(config.discriminator, config.model)
-    for number, network in enumerate((generator, discriminator)):
-        init_weights(network, config.run.seed + number)
-    return generator, discriminator
-
-
-def load_commit_weights(commit: Commit, config: RunConfig) -> tuple[Generator, Discriminator]:
-    """Build both networks with the fp32 weights of a commit.
-
-    Args:
-        commit: A verified commit.
-        config: The run it belongs to.
-
-    Returns:
-        The generator and the discriminator, fp32, on the CPU.
-
-    Raises:
-        CorruptError: The commit's parameters are not the model's.
-    """
-    networks = build_networks(config)
-    for name, network in zip(("generator", "discriminator"), networks, strict=True):
-        shapes = {key: parameter.shape for key, parameter in network.named_parameters()}
-        weights = StateReader(commit.path / name).weights(shapes)
-        with torch.no_grad():
-            for key, parameter in network.named_parameters():
-                parameter.copy_(weights[key])
-    return networks
 
 
 @dataclass(frozen=True)
@@ -151,7 +56,7 @@ class Session:
     folder: RunFolder
     stop: StopSignal
 
-    def identity(self, data: OpenData) -> dict[str, Any]:
+    def identity(self, data: RunData) -> dict[str, Any]:
         """Collect what a resume compares.
 
         Args:
@@ -174,7 +79,8 @@ class Assembled:
 
     trainer: Trainer
     engines: Engines
-    data: OpenData
+    data: RunData
+    schedule: TrainSchedule
     resumed_from: Commit | None
     notes: list[str]
 
@@ -193,7 +99,7 @@ def assemble(session: Session) -> Assembled:
         CorruptError: The dataset is damaged, or no commit is whole.
     """
     config, world = session.config, session.world
-    data = on_all_ranks(session.control_group, lambda: open_data(config))
+    data = on_all_ranks(session.control_group, lambda: open_run_data(config))
     identity = session.identity(data)
     resolved = resolved_config_dict(config, session.ds, session.plan)
     store = CheckpointStore(
@@ -208,30 +114,56 @@ def assemble(session: Session) -> Assembled:
         )
     saved = commit.read_json("train_state.json") if commit else None
     notes: list[str] = []
+    batches = train_batches(
+        config, session.plan, data.train, world.rank, commit.step if commit else 0
+    )
     if commit and saved:
         notes = compare_with_commit(session, commit, saved["identity"], identity)
-    generator, discriminator = (
-        load_commit_weights(commit, config) if commit else build_networks(config)
-    )
+    pair, starting_notes = _starting_networks(session, commit, data)
+    notes += starting_notes
     engines = start_engines(
-        generator,
-        discriminator,
+        pair.trained_modules(),
         optimizer=config.optimizer,
         ds=session.ds,
         plan=session.plan,
         world=world,
     )
-    state, interval = TrainState(), IntervalSums(world.device)
+    # A model that is continued is measured before its first step, so that the guard can compare.
+    state = TrainState(owes_evaluation=bool(config.initialize.path))
+    interval = IntervalSums(world.device)
     if commit and saved:
-        for name, engine in engines.items().items():
+        for name, engine in engines.by_name.items():
             scalars = saved["networks"][name]
             restore_state(engine, world.rank, StateReader(commit.path / name), scalars)
         state = TrainState(**saved["state"])
         interval.load_state(saved["interval_sums"])
-    trainer = _trainer(session, data, engines, store, state, interval, identity, resolved)
+    trainer = _trainer(
+        session, data, batches, engines, pair, store, state, interval, identity, resolved
+    )
     if world.is_main:
         _record_start(session.folder, resolved, identity, state.step, world, notes)
-    return Assembled(trainer, engines, data, commit, notes)
+    return Assembled(trainer, engines, data, batches.schedule, commit, notes)
+
+
+def _starting_networks(
+    session: Session, commit: Commit | None, data: RunData
+) -> tuple[NetworkPair, list[str]]:
+    """Choose the weights of this start: the commit's, those of another model, or the seed's."""
+    config = session.config
+    if commit is not None:
+        return load_commit_pair(commit, config), []
+    if not config.initialize.path:
+        return new_pair(config), []
+    initialized = on_all_ranks(
+        session.control_group, lambda: initialize_pair(config, data.tokenizer)
+    )
+    notes = list(initialized.notes)
+    if data.heldout.num_sequences == 0:
+        notes.append(
+            "nothing is held out: nobody will notice if training makes this model worse; build "
+            "the dataset with `deberta-prep build --heldout-fraction`"
+        )
+    return initialized.pair, notes
 
 
 def compare_with_commit(
@@ -252,7 +184,7 @@ def compare_with_commit(
         UserError: Data or configuration belong to another run.
     """
     resolved = str(commit.path / "config.resolved.json")
-    changes = changed_keys(load_run_config(resolved), session.config)
+    changes = changed_keys(load_run_config(resolved), session.config, commit.step)
     changes += changed_deepspeed_keys(load_deepspeed_config(resolved), session.ds)
     notes = refuse_changes(str(session.folder.path), changes)
     for key in ("dataset_fingerprint", "tokenizer_fingerprint"):
@@ -293,8 +225,10 @@ def _record_start(
 
 def _trainer(
     session: Session,
-    data: OpenData,
+    data: RunData,
+    batches: TrainBatches,
     engines: Engines,
+    pair: NetworkPair,
     store: CheckpointStore,
     state: TrainState,
     interval: IntervalSums,
@@ -303,21 +237,8 @@ def _trainer(
 ) -> Trainer:
     """Connect data, step and services."""
     config, world, folder = session.config, session.world, session.folder
-    length, seed = config.data.sequence_length, config.run.seed
-    train_keys = ObjectiveKeys(config.objective, seed, length, data.mask_id, "train")
-    batches = TrainBatches(
-        data.train,
-        SampleOrder(
-            data.train.num_sequences,
-            seed,
-            length,
-            config.data.block_sequences,
-            config.data.window_blocks,
-        ),
-        train_batch_size=session.plan.train_batch_size,
-        micro_batch_size=session.plan.train_micro_batch_size_per_gpu,
-        world_size=world.world_size,
-        rank=world.rank,
+    step = build_step(
+        engines, pair, config.objective, seed=config.run.seed, plan=session.plan, world=world
     )
     metrics = progress = None
     if world.is_main:
@@ -328,7 +249,7 @@ def _trainer(
     services = Services(
         checkpoints=store,
         stop=session.stop,
-        evaluate=partial(_evaluate, session, data, engines),
+        evaluate=partial(_evaluate, session, data, engines, step),
         folder=folder,
         metrics=metrics,
         progress=progress,
@@ -336,7 +257,8 @@ def _trainer(
     return Trainer(
         config,
         engines,
-        RTDStep(engines, config.objective, train_keys, seed=seed, plan=session.plan, world=world),
+        step,
+        data.train_keys,
         batches,
         services,
         world=world,
@@ -347,31 +269,22 @@ def _trainer(
     )
 
 
-def _evaluate(session: Session, data: OpenData, engines: Engines) -> dict[str, float] | None:
+def _evaluate(
+    session: Session, data: RunData, engines: Engines, step: TrainingStep
+) -> dict[str, float] | None:
     """Evaluate the engines' networks on the held-out split; None where a stop came between."""
-    config = session.config
     if data.heldout.num_sequences == 0:
         return {}
-    for engine in engines.items().values():
-        engine.eval()
+    engines.train(False)
     try:
         return evaluate_heldout(
-            engines.generator,
-            engines.generator.module.token_embeddings,
-            engines.discriminator,
+            step.predict,
             stream=data.heldout,
-            keys=ObjectiveKeys(
-                config.objective,
-                config.run.seed,
-                config.data.sequence_length,
-                data.mask_id,
-                "heldout",
-            ),
-            max_sequences=config.evaluation.max_sequences,
+            keys=data.heldout_keys,
+            max_sequences=session.config.evaluation.max_sequences,
             batch_size=session.plan.train_micro_batch_size_per_gpu,
             world=session.world,
             should_stop=session.stop.agreed,
         )
     finally:
-        for engine in engines.items().values():
-            engine.train()
+        engines.train(True)

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import pipeline
 from pipeline.config import RunConfig
 from pipeline.ds_config import BatchPlan, DeepSpeedConfig
 from pipeline.engine import Engines
+from pipeline.modeling.pair import NetworkPair
 
 _STATE_BYTES_PER_PARAMETER = 12
 """fp32 weight and two averages of Adam: what a commit stores."""
@@ -23,6 +25,20 @@ def count_parameters(module: nn.Module) -> int:
         Elements.
     """
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
+
+
+def parameter_counts(config: RunConfig) -> dict[str, int]:
+    """Count the trainable parameters of a run without making them.
+
+    Args:
+        config: The run.
+
+    Returns:
+        Network -> parameters; tables that both networks use count in the generator.
+    """
+    with torch.device("meta"):
+        pair = NetworkPair(config)
+    return {name: count_parameters(pair.get_submodule(name)) for name in config.networks}
 
 
 def memory_line(parameters: int, ds: DeepSpeedConfig, world_size: int) -> str:
@@ -68,7 +84,7 @@ def banner_lines(
     Returns:
         Lines.
     """
-    sizes = {name: count_parameters(engine.module) for name, engine in engines.items().items()}
+    sizes = {name: count_parameters(engine.module) for name, engine in engines.by_name.items()}
     total = sum(sizes.values())
     keep, every = config.checkpoint.keep_last, config.checkpoint.interval_steps
     commit_gb = total * _STATE_BYTES_PER_PARAMETER / 1e9

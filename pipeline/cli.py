@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from data_prep.errors import UserError
+from pipeline.commands_compare import compare_command
 from pipeline.commands_evaluate import evaluate_command
 from pipeline.commands_export import export_command
+from pipeline.train import leave
 from pipeline.train import run as run_training
 
 app = typer.Typer(
@@ -40,6 +42,7 @@ def train(
 
 app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
+app.command("compare")(compare_command)
 
 
 @app.command()
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         if arguments[:1] == ["train"]:
-            sys.exit(run_training(arguments[1:]))
+            leave(run_training(arguments[1:]))
         app(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,38 +7,34 @@ is about, so that `pipeline.config_loading` can say where the values came from.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+from pipeline.config_networks import (
+    ModelSection,
+    NetworkSection,
+    NonNegativeFloat,
+    NonNegativeInt,
+    ObjectiveSection,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+)
 
-
-class Section(BaseModel):
-    """Base of all sections: immutable, strict about names, documented field by field."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Find values that are valid one by one but not together.
-
-        Yields:
-            The key, relative to this section, and what is wrong with it.
-        """
-        yield from ()
-
-    @model_validator(mode="after")
-    def _refuse_contradictions(self) -> Self:
-        """Raise all contradictions of this section as one error."""
-        if problems := list(self.contradictions()):
-            text = "; ".join(f"{key} {words}" for key, words in problems)
-            raise PydanticCustomError("contradiction", "{text}", {"text": text, "all": problems})
-        return self
+__all__ = [
+    "CheckpointSection",
+    "DataSection",
+    "ModelSection",
+    "NetworkSection",
+    "ObjectiveSection",
+    "OptimizerSection",
+    "PhaseSection",
+    "RunConfig",
+    "ScheduleSection",
+    "Section",
+]
 
 
 class RunSection(Section):
@@ -65,115 +61,113 @@ class DataSection(Section):
     """Blocks among which samples are permuted; part of the sample order."""
 
 
-class NetworkSection(Section):
-    """[generator] and [discriminator]: one encoder each, field names of DebertaV2Config."""
-
-    hidden_size: PositiveInt
-    """Width of every layer; equal in both networks, which share the word embeddings."""
-    num_hidden_layers: PositiveInt
-    """Encoder layers; the generator needs two for its enhanced mask decoder."""
-    num_attention_heads: PositiveInt
-    """Attention heads; must divide hidden_size."""
-    intermediate_size: PositiveInt
-    """Inner width of the feed-forward block."""
-    hidden_dropout_prob: Probability = 0.1
-    """Dropout after the embeddings, after each dense output and on the relative table."""
-    attention_probs_dropout_prob: Probability = 0.1
-    """Dropout on attention probabilities."""
-    initializer_range: PositiveFloat = 0.02
-    """Standard deviation of the initial weights."""
-    layer_norm_eps: PositiveFloat = 1e-7
-    """Epsilon of every LayerNorm."""
-    max_position_embeddings: PositiveInt = 512
-    """Longest sequence, and the clamp of relative distances before bucketing."""
-    position_buckets: Annotated[int, Field(ge=2)] = 256
-    """Half the rows of the relative table: logarithmic buckets of signed distance."""
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Heads that do not divide the width, and buckets that leave no room for the logarithm."""
-        if self.hidden_size % self.num_attention_heads:
-            yield (
-                "num_attention_heads",
-                f"{self.num_attention_heads} does not divide hidden_size {self.hidden_size}",
-            )
-        exact = self.position_buckets // 2
-        if self.max_position_embeddings - 1 <= exact:
-            yield (
-                "position_buckets",
-                f"{self.position_buckets} gives every distance up to {exact} a bucket of its own,"
-                f" but distances end at {self.max_position_embeddings - 1};"
-                f" write at most {2 * (self.max_position_embeddings - 2)}",
-            )
-
-    @property
-    def attention_head_size(self) -> int:
-        """Width of one head: hidden_size / num_attention_heads."""
-        return self.hidden_size // self.num_attention_heads
-
-
-class ModelSection(Section):
-    """[model]: what both networks have in common."""
-
-    vocab_size: PositiveInt = 128_100
-    """Rows of the word table: pieces + [MASK], padded to a multiple of 100."""
-    attention_backend: Literal["eager", "torch"] = "torch"
-    """`eager` is the definition; `torch` the same numbers with less memory traffic."""
-    activation_checkpointing: Literal["none", "attention", "full"] = "none"
-    """Recompute nothing, each layer's attention, or each whole layer in the backward pass."""
-
-
-class ObjectiveSection(Section):
-    """[objective]: replaced token detection (arXiv:2111.09543, section 3)."""
-
-    mask_prob: Annotated[float, Field(gt=0.0, le=0.5)] = 0.15
-    """Share of a sequence's tokens that the generator must predict."""
-    masking_law: Literal["uniform", "windowed"] = "uniform"
-    """`uniform` reaches every position; `windowed` is the released code's, bare tail included."""
-    rtd_loss_weight: PositiveFloat = 50.0
-    """Lambda: weight of the discriminator's loss (50 in the paper, 10 in the released code)."""
-    sampling_temperature: PositiveFloat = 1.0
-    """Temperature of the generator's draws."""
-    embedding_sharing: Literal["gdes"] = "gdes"
-    """Gradient-disentangled embedding sharing: E_D = stop_gradient(E_G) + Delta."""
-    update: Literal["decoupled"] = "decoupled"
-    """Generator step first, then the discriminator's step on the updated E_G."""
-
-
 class OptimizerSection(Section):
     """[optimizer]: AdamW for both networks, each with its own learning rate and clipping norm."""
 
     generator_learning_rate: PositiveFloat
     """Peak learning rate of the generator."""
-    discriminator_learning_rate: PositiveFloat
-    """Peak learning rate of the discriminator."""
+    discriminator_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the discriminator; the generator's where not given."""
     betas: tuple[Probability, Probability] = (0.9, 0.98)
     """Adam's averages (0.98 in the paper, 0.999 in the released code)."""
     eps: PositiveFloat = 1e-6
     """Adam's epsilon."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled decay of everything but biases and LayerNorm weights; Delta decays too."""
+    bias_correction: bool = True
+    """Adam divides its averages by 1 - beta^t; the released code does not."""
+
+    def learning_rate(self, network: str) -> float:
+        """Look up a network's peak learning rate.
+
+        Args:
+            network: "generator" or "discriminator"; of "joint", whose parameter groups have the
+                rates of their networks, the generator's.
+
+        Returns:
+            The rate.
+        """
+        if network == "discriminator" and self.discriminator_learning_rate is not None:
+            return self.discriminator_learning_rate
+        return self.generator_learning_rate
+
+
+class PhaseSection(Section):
+    """[[schedule.phases]]: the beginning of a run, with shorter sequences or smaller batches."""
+
+    until_step: PositiveInt
+    """Optimizer step before which the phase ends; the next phase, or the rest, begins there."""
+    sequence_length: Annotated[int, Field(ge=8)] | None = None
+    """Tokens in a sequence; data.sequence_length where not given."""
+    train_batch_size: PositiveInt | None = None
+    """Sequences in a step; the DeepSpeed JSON's where not given."""
 
 
 class ScheduleSection(Section):
-    """[schedule]: optimizer steps and the learning rate over them."""
+    """[schedule]: optimizer steps, and what changes over them."""
 
     max_steps: PositiveInt
     """Optimizer steps of the whole run."""
     warmup_steps: NonNegativeInt
     """Steps of linear warm-up from zero."""
-    decay: Literal["linear"] = "linear"
-    """Linear from the peak at the end of the warm-up to zero at max_steps."""
+    decay: Literal["linear", "linear_released", "cosine", "wsd"] = "linear"
+    """From the peak to zero at max_steps: in a line, in the line of the released code (which jumps
+    by warmup_steps / max_steps behind the warm-up), in half a cosine, or at the end only."""
+    decay_steps: NonNegativeInt = 0
+    """Last steps in which `wsd` (warmup, stable, decay) goes to zero; for `wsd` alone."""
+    final_learning_rate_factor: Probability = 0.0
+    """Where `cosine` and `wsd` end, as a share of the peak."""
+    phases: tuple[PhaseSection, ...] = ()
+    """Shorter sequences or smaller batches at the beginning, in the order of their steps."""
     max_consecutive_skipped_steps: PositiveInt = 20
     """Non-finite steps in a row (of either network) after which the run stops with exit code 87."""
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A warm-up that outlasts the run."""
+        """Parts that outlast the run, and keys without the decay that they belong to."""
         if self.warmup_steps > self.max_steps:
             yield (
                 "warmup_steps",
                 f"{self.warmup_steps} is more than schedule.max_steps {self.max_steps};"
                 f" add schedule.warmup_steps={self.max_steps // 10}",
             )
+        if (self.decay == "wsd") != (self.decay_steps > 0):
+            yield (
+                "decay_steps",
+                f"{self.decay_steps} does not go with schedule.decay {self.decay}: it is the length"
+                " of wsd's descent, and 0 with any other decay",
+            )
+        if self.warmup_steps + self.decay_steps > max(self.max_steps, self.warmup_steps):
+            yield (
+                "decay_steps",
+                f"{self.decay_steps} and schedule.warmup_steps {self.warmup_steps} are together"
+                f" more than schedule.max_steps {self.max_steps}",
+            )
+        if self.final_learning_rate_factor and self.decay not in ("cosine", "wsd"):
+            yield (
+                "final_learning_rate_factor",
+                f"{self.final_learning_rate_factor} does not go with schedule.decay {self.decay},"
+                " which ends at zero; use cosine or wsd",
+            )
+        ends = [phase.until_step for phase in self.phases]
+        if ends != sorted(set(ends)) or (ends and ends[-1] >= self.max_steps):
+            yield (
+                "phases",
+                f"end at steps {ends}: each must end after the one before it, and the last before"
+                f" schedule.max_steps {self.max_steps}",
+            )
+
+
+class InitializeSection(Section):
+    """[initialize]: continued pre-training from a model that exists."""
+
+    path: str = ""
+    """Run folder, commit, export, or repository in the released or transformers' layout."""
+    generator_path: str = ""
+    """Repository of the generator, where it is not beside the discriminator's."""
+    new_vocabulary: Literal["refuse", "resize"] = "refuse"
+    """`resize` starts another tokenizer's table: pieces that both know keep their rows."""
+    guard_margin: NonNegativeFloat = 0.05
+    """Relative rise of a held-out loss over the starting point that gives a warning."""
 
 
 class CheckpointSection(Section):
@@ -224,39 +218,117 @@ class ReferenceSection(Section):
 class RunConfig(Section):
     """A whole run, as in `config.resolved.json`."""
 
+    recipe: Literal["paper", "released_code"] = "paper"
+    """Whose values a preset takes where the paper and the released code differ."""
     run: RunSection = RunSection()
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     generator: NetworkSection
-    discriminator: NetworkSection
+    """The masked language model; the only network of objective.task=mlm."""
+    discriminator: NetworkSection | None = None
+    """The network that tells replaced tokens from original ones; none with objective.task=mlm."""
     objective: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection
+    initialize: InitializeSection = InitializeSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()
     logging: LoggingSection = LoggingSection()
     reference: ReferenceSection = ReferenceSection()
 
+    @property
+    def networks(self) -> dict[str, NetworkSection]:
+        """The networks that are trained, by name."""
+        if self.discriminator is None:
+            return {"generator": self.generator}
+        return {"generator": self.generator, "discriminator": self.discriminator}
+
+    @property
+    def sequence_lengths(self) -> tuple[int, ...]:
+        """All lengths that the run trains with, each once, the final one last."""
+        final = self.data.sequence_length
+        lengths = [phase.sequence_length or final for phase in self.schedule.phases]
+        return (*dict.fromkeys(length for length in lengths if length != final), final)
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """What the sections must agree on."""
-        length = self.data.sequence_length
-        if self.generator.hidden_size != self.discriminator.hidden_size:
+        yield from self._contradicting_networks()
+        if self.objective.enhanced_mask_decoder:
+            yield from self._contradicting_decoder()
+        for length in self.sequence_lengths:
+            yield from self._contradicting_length(length)
+        if self.initialize.generator_path and not self.initialize.path:
+            yield "initialize.generator_path", "is given without initialize.path; give both"
+
+    def _contradicting_networks(self) -> Iterator[tuple[str, str]]:
+        """Networks that the task does not have, lacks, or cannot join."""
+        task, generator, discriminator = self.objective.task, self.generator, self.discriminator
+        if (task == "rtd") != (discriminator is not None):
+            words = "is missing: objective.task=rtd trains two networks"
+            if task == "mlm":
+                words = "means nothing with objective.task=mlm, which trains [generator] alone"
+            yield "discriminator", f"{words}; " + ("add" if task == "rtd" else "remove") + " it"
+        if task == "mlm" and self.optimizer.discriminator_learning_rate is not None:
             yield (
-                "generator.hidden_size",
-                f"{self.generator.hidden_size} differs from discriminator.hidden_size"
-                f" {self.discriminator.hidden_size}; the networks share the word embeddings",
+                "optimizer.discriminator_learning_rate",
+                "means nothing with objective.task=mlm, which trains [generator] alone; remove it",
             )
-        if self.generator.num_hidden_layers < 2:
+        if discriminator is None or self.objective.embedding_sharing == "nes":
+            return
+        if generator.word_embedding_size != discriminator.word_embedding_size:
+            yield (
+                "generator.embedding_size",
+                f"{generator.word_embedding_size} differs from the discriminator's"
+                f" {discriminator.word_embedding_size}; the networks share the word embeddings:"
+                " set embedding_size in both (hidden_size where not given)",
+            )
+        has_positions = generator.position_biased_input or self.objective.enhanced_mask_decoder
+        if discriminator.position_biased_input and not has_positions:
+            yield (
+                "discriminator.position_biased_input",
+                "is true, but the generator has no absolute positions to share: set"
+                " generator.position_biased_input=true",
+            )
+        lengths = {network.max_position_embeddings for network in (generator, discriminator)}
+        if discriminator.position_biased_input and len(lengths) > 1:
+            yield (
+                "discriminator.max_position_embeddings",
+                f"{discriminator.max_position_embeddings} differs from the generator's"
+                f" {generator.max_position_embeddings}; the networks share the positions",
+            )
+
+    def _contradicting_decoder(self) -> Iterator[tuple[str, str]]:
+        """Generators on which the enhanced mask decoder cannot stand."""
+        generator = self.generator
+        off = "or set objective.enhanced_mask_decoder=false"
+        if generator.num_hidden_layers < 2:
             yield (
                 "generator.num_hidden_layers",
-                "1 is too few: the enhanced mask decoder reads the last layer but one; write 2",
+                "1 is too few: the enhanced mask decoder reads the last layer but one;"
+                f" write 2, {off}",
             )
-        for name, network in (("generator", self.generator), ("discriminator", self.discriminator)):
+        if generator.word_embedding_size != generator.hidden_size:
+            yield (
+                "generator.embedding_size",
+                f"{generator.embedding_size} differs from hidden_size {generator.hidden_size}: the"
+                f" enhanced mask decoder adds position rows to hidden states; make them equal,"
+                f" {off}",
+            )
+        if generator.position_biased_input:
+            yield (
+                "generator.position_biased_input",
+                "is true: the enhanced mask decoder brings in positions that the input already"
+                f" has; set it to false, {off}",
+            )
+
+    def _contradicting_length(self, length: int) -> Iterator[tuple[str, str]]:
+        """Sequence lengths that the networks or the masks do not reach."""
+        for name, network in self.networks.items():
             if length > network.max_position_embeddings:
                 yield (
                     "data.sequence_length",
                     f"{length} is more than {name}.max_position_embeddings"
-                    f" {network.max_position_embeddings}; raise that in both networks",
+                    f" {network.max_position_embeddings}; raise that in every network",
                 )
         if round(self.objective.mask_prob * length) < 1:
             yield (

@@ -2,33 +2,31 @@
 
     1. A sequence is [CLS] + (L - 2) tokens + [SEP], cut from the concatenated documents of the
        split without regard to their ends (the published packing). The last is short and padded.
-    2. `SampleOrder` permutes the sequences of an epoch in O(1) memory: blocks of neighbours are
-       permuted, then the samples within a window of blocks, so that a cold disk reads runs.
-    3. `TrainBatches.at_step(s)` cuts [s * batch, (s + 1) * batch) of the endless order into micro
-       batches by rank; another world size cuts the same samples.
-    4. `Prefetcher` asks for the next steps in a thread. Resuming is asking for another step.
+    2. `pipeline.sample_order` permutes the sequences of every epoch; each sequence length has an
+       order of its own.
+    3. `pipeline.phases` says which positions of which order a step takes, and
+       `TrainBatches.at_step` cuts them into micro batches by rank; another world size cuts the same
+       samples. Without phases, step s takes [s * batch, (s + 1) * batch).
+    4. `pipeline.prefetch` asks for the next steps in a thread.
 
-Example with 10 sequences, blocks of 2 and windows of 2 blocks: blocks in order (3 0 4 1 2), windows
-(3 0) and (4 1 2); position 5 of the epoch is some sample of blocks 4, 1, 2.
+Nothing is remembered between steps: resuming is asking for another step.
 """
 
-import queue
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from data_prep.manifest import Split
 from data_prep.shards import Dataset
-from pipeline.counter_rng import WORD, philox4x32, sample_words, stream_key
+from pipeline.config import RunConfig
+from pipeline.counter_rng import sample_words
+from pipeline.ds_config import BatchPlan
+from pipeline.phases import TrainSchedule, train_schedule
+from pipeline.sample_order import Int64Array, SampleOrder
 
 PAD_ID, CLS_ID, SEP_ID, UNK_ID = 0, 1, 2, 3
-_FEISTEL_ROUNDS = 6
-
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -69,98 +67,6 @@ class SequenceBatch:
         tensors = (self.input_ids_BL, self.lengths_B, self.sample_words_B2)
         moved = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
         return SequenceBatch(moved[0], moved[1], moved[2], self.is_full)
-
-
-def permute(index: Int64Array, size: int, key: tuple[int, int]) -> Int64Array:
-    """Apply a keyed permutation of [0, size) in constant memory.
-
-    A balanced Feistel network over the next power of four, whose round function is Philox, is
-    applied again to what lands outside (cycle walking; Black and Rogaway, CT-RSA 2002, section 3).
-
-    Args:
-        index: int64 array of values in [0, size).
-        size: Size of the domain.
-        key: The permutation's key.
-
-    Returns:
-        int64 array of the same shape, values in [0, size).
-    """
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half_bits) - 1
-
-    def scramble(values: Int64Array) -> Int64Array:
-        left, right = values >> half_bits, values & mask
-        for number in range(_FEISTEL_ROUNDS):
-            word = philox4x32((right & WORD, right >> 32, number, 0), key)[0]
-            left, right = right, left ^ (word & mask)
-        return (left << half_bits) | right
-
-    result = scramble(index)
-    outside = result >= size
-    while outside.any():
-        result[outside] = scramble(result[outside])
-        outside = result >= size
-    return result
-
-
-@dataclass(frozen=True)
-class SampleOrder:
-    """The order of the sequences in every epoch, as a function of position."""
-
-    num_samples: int
-    seed: int
-    sequence_length: int
-    block_sequences: int
-    window_blocks: int
-
-    def samples(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """Look up positions of the endless order.
-
-        Args:
-            positions: int64 [n], positions counted over all epochs.
-
-        Returns:
-            (epochs, samples), int64 [n] each; every epoch holds every sample exactly once.
-        """
-        epochs, within = np.divmod(positions, self.num_samples)
-        samples = np.empty_like(positions)
-        windows = np.minimum(within // self._window_sequences, self._num_windows - 1)
-        for epoch, window in np.unique(np.stack([epochs, windows], 1), axis=0).tolist():
-            here = (epochs == epoch) & (windows == window)
-            samples[here] = self._in_window(within[here], epoch, window)
-        return epochs, samples
-
-    @property
-    def _num_full_blocks(self) -> int:
-        return self.num_samples // self.block_sequences
-
-    @property
-    def _window_sequences(self) -> int:
-        return self.window_blocks * self.block_sequences
-
-    @property
-    def _num_windows(self) -> int:
-        return max(1, self._num_full_blocks // self.window_blocks)
-
-    def _in_window(self, within: Int64Array, epoch: int, window: int) -> Int64Array:
-        """Resolve positions that fall into one window of one epoch."""
-        blocks = self._num_full_blocks
-        first_block = window * self.window_blocks
-        is_last = window == self._num_windows - 1
-        num_blocks = blocks - first_block if is_last else self.window_blocks
-        # The samples behind the last full block join the last window of the epoch.
-        tail = self.num_samples - blocks * self.block_sequences if is_last else 0
-        size = num_blocks * self.block_sequences + tail
-        key = stream_key(self.seed, "order/window", self.sequence_length, epoch, window)
-        shuffled = permute(within - first_block * self.block_sequences, size, key)
-        slots, offsets = np.divmod(shuffled, self.block_sequences)
-        samples = blocks * self.block_sequences + shuffled - num_blocks * self.block_sequences
-        in_block = slots < num_blocks
-        if in_block.any():
-            key = stream_key(self.seed, "order/blocks", self.sequence_length, epoch)
-            chosen = permute(first_block + slots[in_block], blocks, key)
-            samples[in_block] = chosen * self.block_sequences + offsets[in_block]
-        return samples
 
 
 class SequenceStream:
@@ -218,34 +124,50 @@ class SequenceStream:
 class TrainBatches:
     """The training batches of one rank, as a function of the step."""
 
-    stream: SequenceStream
-    order: SampleOrder
-    train_batch_size: int
+    streams: Mapping[int, SequenceStream]
+    """By sequence length."""
+    orders: Mapping[int, SampleOrder]
+    """By sequence length."""
+    schedule: TrainSchedule
     micro_batch_size: int
     world_size: int
     rank: int
 
-    def first_sample(self, step: int) -> int:
-        """Give the position in the endless order at which a step begins.
+    def batch_size_at(self, step: int) -> int:
+        """Look up the batch of a step.
+
+        Args:
+            step: Completed optimizer steps before it.
+
+        Returns:
+            Its sequences, over all ranks.
+        """
+        return self.schedule.phase_at(step).train_batch_size
+
+    def tokens_before(self, step: int) -> int:
+        """Count the tokens of the first steps, padding included.
 
         Args:
             step: Completed optimizer steps.
 
         Returns:
-            The position of the step's first sample.
+            Tokens.
         """
-        return step * self.train_batch_size
+        return self.schedule.tokens_before(step)
 
     def epochs_at(self, step: int) -> float:
-        """Give the passes over the data after so many steps.
+        """Give the passes over the split's tokens after so many steps.
 
         Args:
             step: Completed optimizer steps.
 
         Returns:
-            Epochs, with fraction.
+            Epochs, with fraction, added up over the sequence lengths.
         """
-        return self.first_sample(step) / self.stream.num_sequences
+        return sum(
+            self.schedule.samples_before(step, length) / stream.num_sequences
+            for length, stream in self.streams.items()
+        )
 
     def at_step(self, step: int) -> list[SequenceBatch]:
         """Read this rank's micro batches of one optimizer step.
@@ -254,21 +176,69 @@ class TrainBatches:
             step: Completed optimizer steps before this one.
 
         Returns:
-            One batch a micro step. Over all ranks and micro steps they hold the positions
-            [first_sample(step), first_sample(step + 1)) once each.
+            One batch a micro step, as many as the step's batch needs. Over all ranks and micro
+            steps they hold, once each, as many positions of the order of the step's sequence length
+            as its batch has sequences, from `schedule.first_sample(step)` on.
+
+        Raises:
+            CorruptError: As for `SequenceStream.batch`.
         """
+        phase = self.schedule.phase_at(step)
         per_micro_step = self.micro_batch_size * self.world_size
-        first = self.first_sample(step) + self.rank * self.micro_batch_size
-        starts = np.arange(first, first + self.train_batch_size, per_micro_step, dtype=np.int64)
+        first = self.schedule.first_sample(step) + self.rank * self.micro_batch_size
+        starts = np.arange(first, first + phase.train_batch_size, per_micro_step, dtype=np.int64)
         # One call for the whole step: the order's cost is that of calls, not of samples.
         positions = (starts[:, None] + np.arange(self.micro_batch_size, dtype=np.int64)).ravel()
-        epochs, samples = self.order.samples(positions)
+        epochs, samples = self.orders[phase.sequence_length].samples(positions)
+        stream = self.streams[phase.sequence_length]
         return [
-            self.stream.batch(of_micro_step, in_epochs)
+            stream.batch(of_micro_step, in_epochs)
             for of_micro_step, in_epochs in zip(
                 np.split(samples, len(starts)), np.split(epochs, len(starts)), strict=True
             )
         ]
+
+
+def train_batches(
+    config: RunConfig,
+    plan: BatchPlan,
+    streams: Mapping[int, SequenceStream],
+    rank: int,
+    first_step: int = 0,
+) -> TrainBatches:
+    """Order the training sequences of a run and cut them into batches.
+
+    Args:
+        config: The run: seed, blocks and phases.
+        plan: The batch of this world.
+        streams: The training split, by each of `config.sequence_lengths`.
+        rank: This rank.
+        first_step: Step at which this start of the run begins.
+
+    Returns:
+        The batches of this rank.
+
+    Raises:
+        UserError: This world cannot split the batch of a phase that has not ended.
+    """
+    data = config.data
+    return TrainBatches(
+        streams,
+        {
+            length: SampleOrder(
+                stream.num_sequences,
+                config.run.seed,
+                length,
+                data.block_sequences,
+                data.window_blocks,
+            )
+            for length, stream in streams.items()
+        },
+        train_schedule(config, plan, first_step),
+        plan.train_micro_batch_size_per_gpu,
+        plan.world_size,
+        rank,
+    )
 
 
 def heldout_batches(
@@ -296,58 +266,3 @@ def heldout_batches(
         samples = np.arange(start, min(start + batch_size, count)) if is_real else np.zeros(1)
         samples = samples.astype(np.int64)
         yield stream.batch(samples, np.zeros_like(samples)), is_real
-
-
-class Prefetcher:
-    """Reads the batches of the next steps in a thread while the device computes."""
-
-    def __init__(self, batches: TrainBatches, first_step: int, last_step: int, depth: int = 4):
-        """Start reading.
-
-        Args:
-            batches: What to read.
-            first_step: First step to read.
-            last_step: Step before which to stop.
-            depth: Steps to read ahead.
-        """
-        self._queue: queue.Queue[list[SequenceBatch] | Exception] = queue.Queue(depth)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._read, args=(batches, first_step, last_step), name="prefetch", daemon=True
-        )
-        self._thread.start()
-
-    def _read(self, batches: TrainBatches, first_step: int, last_step: int) -> None:
-        item: list[SequenceBatch] | Exception
-        for step in range(first_step, last_step):
-            try:
-                item = batches.at_step(step)
-            except Exception as error:  # carried to the training thread, which raises it
-                item = error
-            while not self._closed.is_set():
-                try:
-                    self._queue.put(item, timeout=0.5)
-                    break
-                except queue.Full:
-                    continue
-            if self._closed.is_set() or isinstance(item, Exception):
-                return
-
-    def next(self) -> list[SequenceBatch]:
-        """Wait for the next step's micro batches.
-
-        Returns:
-            One batch a micro step, in step order.
-
-        Raises:
-            CorruptError: The data that was read is not what was written.
-        """
-        item = self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    def close(self) -> None:
-        """Stop the thread and wait for it."""
-        self._closed.set()
-        self._thread.join()

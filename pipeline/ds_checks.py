@@ -180,11 +180,19 @@ def _batch(document: Mapping[str, Any]) -> Iterator[str]:
     if type(batch) is int and type(micro) is int and batch > 0 and micro > 0 and batch % micro:
         yield (
             f"train_batch_size {batch} is not a multiple of train_micro_batch_size_per_gpu {micro};"
-            f" the nearest that are: {', '.join(map(str, _multiples_near(batch, micro)))}"
+            f" the nearest that are: {', '.join(map(str, multiples_near(batch, micro)))}"
         )
 
 
-def _multiples_near(number: int, factor: int) -> list[int]:
-    """The multiples of a factor next to a number, without 0."""
+def multiples_near(number: int, factor: int) -> list[int]:
+    """Find the multiples of a factor next to a number.
+
+    Args:
+        number: A positive number.
+        factor: A positive number.
+
+    Returns:
+        One or two of them in increasing order, without 0.
+    """
     below = number - number % factor
     return [n for n in (below, below + factor) if n > 0]

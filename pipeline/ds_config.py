@@ -168,7 +168,7 @@ class DeepSpeedConfig:
         return [
             f"batch: {plan.explain(sequence_length)}",
             f"precision: {self.precision}{added}; ZeRO stage {self.zero_stage}{place}",
-            f"clipping: global norm {self.gradient_clipping:g}, of each network by itself"
+            f"clipping: global norm {self.gradient_clipping:g}, of each optimizer by itself"
             if self.gradient_clipping
             else "clipping: none",
             f"DeepSpeed: {self.path}, plus {owned}",

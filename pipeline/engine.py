@@ -23,25 +23,26 @@ from torch import nn
 
 from pipeline.config import OptimizerSection
 from pipeline.ds_config import BatchPlan, DeepSpeedConfig
-from pipeline.engine_state import WEIGHT, inner_optimizer, local_slices
-from pipeline.optimizer import FiniteGuardAdamW, build_optimizer, parameter_groups
+from pipeline.engine_state import WEIGHT, local_slices
+from pipeline.optimizer import build_optimizer, parameter_groups
 from pipeline.runtime import World
 
 
-@dataclass
+@dataclass(frozen=True)
 class Engines:
-    """Both networks under DeepSpeed."""
+    """The networks under DeepSpeed."""
 
-    generator: Any
-    discriminator: Any
+    by_name: dict[str, Any]
+    """One engine for each of `NetworkPair.trained_modules`, in their order."""
 
-    def items(self) -> dict[str, Any]:
-        """Name them as checkpoints do.
+    def train(self, mode: bool = True) -> None:
+        """Set all modules to training or evaluation.
 
-        Returns:
-            network name -> engine.
+        Args:
+            mode: Whether to train.
         """
-        return {"generator": self.generator, "discriminator": self.discriminator}
+        for engine in self.by_name.values():
+            engine.train(mode)
 
 
 @contextlib.contextmanager
@@ -59,19 +60,17 @@ def _quiet_deepspeed() -> Iterator[None]:
 
 
 def start_engines(
-    generator: nn.Module,
-    discriminator: nn.Module,
+    modules: dict[str, nn.Module],
     *,
     optimizer: OptimizerSection,
     ds: DeepSpeedConfig,
     plan: BatchPlan,
     world: World,
 ) -> Engines:
-    """Hand both networks to DeepSpeed.
+    """Hand the networks to DeepSpeed.
 
     Args:
-        generator: The generator with its initial or loaded weights, fp32.
-        discriminator: The discriminator, likewise.
+        modules: From `NetworkPair.trained_modules`, with initial or loaded weights, fp32.
         optimizer: AdamW's settings.
         ds: The checked DeepSpeed JSON.
         plan: Batch sizes for this world.
@@ -88,26 +87,34 @@ def start_engines(
         if world.device.type == "cpu":
             ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
-        rates = (optimizer.generator_learning_rate, optimizer.discriminator_learning_rate)
-        engines = []
-        for module, rate in zip((generator, discriminator), rates, strict=True):
-            groups = parameter_groups(module.named_parameters(), optimizer.weight_decay)
+        engines = {}
+        for name, module in modules.items():
             client = build_optimizer(
-                groups,
+                _network_groups(name, module, optimizer.weight_decay),
                 optimizer,
-                learning_rate=rate,
+                learning_rate=optimizer.learning_rate(name),
                 device_type=world.device.type,
                 zero_stage=ds.zero_stage,
                 cpu_offload_class=_cpu_adam() if ds.offload_optimizer else None,
             )
-            engine, *_ = deepspeed.initialize(
+            engines[name], *_ = deepspeed.initialize(
                 model=module,
                 optimizer=client,
                 config=ds.engine_dict(plan),
                 dist_init_required=False,
             )
-            engines.append(engine)
-    return Engines(*engines)
+    return Engines(engines)
+
+
+def _network_groups(name: str, module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups, each with the network whose learning rate it follows."""
+    networks = ("generator", "discriminator") if name == "joint" else (name,)
+    groups = []
+    for network in networks:
+        prefix = f"{network}." if name == "joint" else ""
+        named = [pair for pair in module.named_parameters() if pair[0].startswith(prefix)]
+        groups += [{**g, "network": network} for g in parameter_groups(named, weight_decay)]
+    return groups
 
 
 def _cpu_adam() -> type[torch.optim.Optimizer]:
@@ -115,55 +122,6 @@ def _cpu_adam() -> type[torch.optim.Optimizer]:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam
-
-
-def set_learning_rate(engine: Any, learning_rate: float) -> None:
-    """Write the learning rate of the next step.
-
-    Args:
-        engine: A DeepSpeed engine.
-        learning_rate: For all parameter groups.
-    """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What an optimizer step of one network did; the same on all ranks."""
-
-    applied: bool
-    """False where a non-finite gradient kept the weights as they were."""
-    grad_norm: float
-    """Global norm before clipping."""
-
-
-def step_engine(engine: Any) -> StepOutcome:
-    """Take the optimizer step behind the last micro step's backward pass.
-
-    Args:
-        engine: A DeepSpeed engine at an accumulation boundary.
-
-    Returns:
-        Whether the step was applied, and the gradient norm.
-    """
-    if engine.zero_optimization_stage() == 0:
-        norm = float(_replicated_grad_norm(engine.module))
-        engine.step()
-        guard = inner_optimizer(engine)
-        assert isinstance(guard, FiniteGuardAdamW)
-        return StepOutcome(not guard.last_step_skipped, norm)
-    engine.step()
-    norm = engine.get_global_grad_norm()
-    return StepOutcome(
-        bool(engine.was_step_applied()), float("nan") if norm is None else float(norm)
-    )
-
-
-def _replicated_grad_norm(module: nn.Module) -> torch.Tensor:
-    """Norm of gradients that are already averaged and whole on every rank (stage 0)."""
-    norms = [p.grad.float().norm() for p in module.parameters() if p.grad is not None]
-    return torch.stack(norms).norm()
 
 
 def parameter_norm(engine: Any, name: str, world: World) -> float:

@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from data_prep.errors import CorruptError, UserError
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
-from pipeline.assemble import load_commit_weights
 from pipeline.commit import Commit, list_commits, verify_commit
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config
@@ -36,12 +35,13 @@ from pipeline.hf_layout import (
     WEIGHTS_FILE,
     ExportDtype,
     Tensors,
-    networks_from_tensors,
+    pair_from_tensors,
     repository_config,
     repository_tensors,
 )
 from pipeline.model_card import ExportFacts, heldout_row, model_card
 from pipeline.run_folder import fsync_file, fsync_folder
+from pipeline.weights import load_commit_pair
 
 PRETRAINING_CONFIG = "pretraining_config.json"
 ARCHITECTURES = {"discriminator": "DebertaV2Model", "generator": "DebertaV2ForMaskedLM"}
@@ -146,10 +146,10 @@ def export_run(
     config = load_run_config(str(commit.path / "config.resolved.json"))
     identity = commit.read_json("train_state.json")["identity"]
     data = open_tokenized(config, dataset, identity["tokenizer_fingerprint"])
-    networks = load_commit_weights(commit, config)
-    tensors = repository_tensors(*networks, dtype)
+    pair = load_commit_pair(commit, config)
+    tensors = repository_tensors(pair, config, dtype)
     parameters = {name: sum(t.numel() for t in part.values()) for name, part in tensors.items()}
-    reference = networks if dtype == "fp32" else networks_from_tensors(config, tensors)
+    reference = pair if dtype == "fp32" else pair_from_tensors(config, tensors)
     with _published(output) as partial:
         _write_repositories(partial, commit, config, data.tokenizer_folder, tensors, dtype)
         verification = verify_export(
@@ -258,15 +258,15 @@ def _write_repositories(
     facts = ExportFacts(
         config=config,
         step=commit.step,
-        tokens_per_step=resolved["batch"]["tokens_per_step"],
+        tokens=commit.read_json("train_state.json")["tokens"],
         dtype=dtype,
         dataset_fingerprint=identity["dataset_fingerprint"],
         tokenizer_fingerprint=identity["tokenizer_fingerprint"],
         versions=_package_versions(identity["environment"]),
         heldout=heldout_row(commit.path.parent.parent / "metrics.jsonl", commit.step),
     )
-    for name, architecture in ARCHITECTURES.items():
-        repository, network = partial / name, getattr(config, name)
+    for name, network in config.networks.items():
+        repository, architecture = partial / name, ARCHITECTURES[name]
         repository.mkdir()
         values = repository_config(network, config.model.vocab_size, architecture, dtype)
         _write_json(repository / "config.json", values)

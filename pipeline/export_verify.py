@@ -32,8 +32,8 @@ from data_prep.tokenizer import Tokenizer
 from pipeline import export_reload
 from pipeline.config import RunConfig
 from pipeline.data import PAD_ID, SEP_ID, SequenceBatch, SequenceStream
-from pipeline.hf_layout import Tensors, networks_from_tensors
-from pipeline.modeling.networks import Discriminator, Generator
+from pipeline.hf_layout import Tensors, pair_from_tensors
+from pipeline.modeling.pair import NetworkPair, shared_rows
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-9}
 """Largest distance of hidden states, relative to the largest state where that is above 1: rounding
@@ -113,30 +113,27 @@ def probe_batches(stream: SequenceStream) -> list[SequenceBatch]:
 
 
 @torch.no_grad()
-def hidden_states(
-    generator: Generator, discriminator: Discriminator, batch: SequenceBatch
-) -> dict[str, torch.Tensor]:
+def hidden_states(pair: NetworkPair, batch: SequenceBatch) -> dict[str, torch.Tensor]:
     """Compute what an exported encoder must reproduce.
 
     Args:
-        generator: On the CPU.
-        discriminator: On the CPU, in the generator's dtype.
+        pair: On the CPU.
         batch: On the host.
 
     Returns:
-        "generator" and "discriminator": [B, L, D].
+        By network: [B, L, D].
     """
     ids_BL, mask_BL = batch.input_ids_BL, batch.attention_mask()
-    base_BLD = generator.token_embeddings(ids_BL)
-    return {
-        "generator": generator.encode(ids_BL, mask_BL),
-        "discriminator": discriminator.encode(ids_BL, base_BLD, mask_BL),
-    }
+    states = {"generator": pair.generator.encode(ids_BL, mask_BL)}
+    if pair.discriminator is not None:
+        base_BLE = shared_rows(pair.generator, pair.discriminator, ids_BL)
+        states["discriminator"] = pair.discriminator.encode(ids_BL, base_BLE, mask_BL)
+    return states
 
 
 def verify_export(
     folder: Path,
-    networks: tuple[Generator, Discriminator],
+    pair: NetworkPair,
     tensors: dict[str, Tensors],
     config: RunConfig,
     *,
@@ -146,8 +143,8 @@ def verify_export(
     """Reload both repositories in a clean process and compare them with the trainer's networks.
 
     Args:
-        folder: Holds "discriminator" and "generator".
-        networks: The commit's networks in fp32; with fp16 or bf16 tensors, rebuilt from those.
+        folder: Holds the repositories.
+        pair: The commit's networks in fp32; with fp16 or bf16 tensors, rebuilt from those.
         tensors: What the repositories hold.
         config: The run.
         stream: Real sequences.
@@ -162,10 +159,10 @@ def verify_export(
     batches = probe_batches(stream)
     with tempfile.TemporaryDirectory(prefix="deberta-export-") as name:
         request = Path(name)
-        scales = _write_request(request, folder, networks, tensors, config, batches)
+        scales = _write_request(request, folder, pair, tensors, config, batches)
         answer = _reload(request)
     parities = []
-    for network in AUTO_CLASSES:
+    for network in tensors:
         _check_keys(network, answer[network])
         for dtype, tolerance in TOLERANCES.items():
             allowed = tolerance * max(1.0, scales[network, dtype])
@@ -178,7 +175,7 @@ def verify_export(
                 f"transformers differ by {parity.max_difference:.3g} in {parity.dtype} (allowed "
                 f"{parity.tolerance:.3g}); nothing was exported"
             )
-    ties = max(_count_ties(network, answer[network], tokenizer) for network in AUTO_CLASSES)
+    ties = max(_count_ties(network, answer[network], tokenizer) for network in tensors)
     tokens = sum(int(batch.lengths_B.sum()) for batch in batches)
     return Verification(tuple(parities), tokens, len(PROBE_TEXTS), ties, answer["versions"])
 
@@ -186,32 +183,32 @@ def verify_export(
 def _write_request(
     request: Path,
     folder: Path,
-    networks: tuple[Generator, Discriminator],
+    pair: NetworkPair,
     tensors: dict[str, Tensors],
     config: RunConfig,
     batches: Sequence[SequenceBatch],
 ) -> dict[tuple[str, str], float]:
     """Write the request; returns the largest state by network and dtype."""
-    expected: dict[str, Tensors] = {name: {} for name in AUTO_CLASSES}
-    scales = dict.fromkeys(((name, dtype) for name in AUTO_CLASSES for dtype in TOLERANCES), 0.0)
+    expected: dict[str, Tensors] = {name: {} for name in tensors}
+    scales = dict.fromkeys(((name, dtype) for name in tensors for dtype in TOLERANCES), 0.0)
     for dtype in TOLERANCES:
         if dtype == "float64":
-            networks = networks_from_tensors(config, tensors, torch.float64)
+            pair = pair_from_tensors(config, tensors, torch.float64)
         for number, batch in enumerate(batches):
             mask_BL = batch.attention_mask()
             if mask_BL is None:
                 mask_BL = torch.ones_like(batch.input_ids_BL, dtype=torch.bool)
-            for name, states_BLD in hidden_states(*networks, batch).items():
+            for name, states_BLD in hidden_states(pair, batch).items():
                 largest = float(states_BLD[mask_BL].abs().max())
                 scales[name, dtype] = max(scales[name, dtype], largest)
                 expected[name][f"{dtype}_{number}"] = states_BLD
                 expected[name][f"ids_{number}"] = batch.input_ids_BL
                 expected[name][f"mask_{number}"] = mask_BL
-    for name in AUTO_CLASSES:
+    for name in tensors:
         save_file(expected[name], request / f"{name}.safetensors")
     repositories = {
-        name: {"folder": str(folder.resolve() / name), "auto_class": auto_class}
-        for name, auto_class in AUTO_CLASSES.items()
+        name: {"folder": str(folder.resolve() / name), "auto_class": AUTO_CLASSES[name]}
+        for name in tensors
     }
     content = json.dumps({"texts": PROBE_TEXTS, "repositories": repositories})
     (request / "request.json").write_text(content, encoding="utf-8")

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline.modeling.networks import RtdOutput
+from pipeline.modeling.vocabulary_head import MlmOutput
+
 FIELDS = (
     "mlm_loss_sum",
     "mlm_correct",
@@ -52,19 +55,39 @@ class StepSums:
         for name, value in sums.items():
             self.vector[_INDEX[name]] += value.detach().double()
 
-    def add_discriminator(
-        self, logits_BL: torch.Tensor, is_replaced_BL: torch.Tensor, is_token_BL: torch.Tensor
-    ) -> None:
-        """Count the discriminator's hits on replaced and on original tokens.
+    def add_generator(self, output: MlmOutput, valid_BK: torch.Tensor) -> None:
+        """Count the loss and the hits of masked language modelling.
 
         Args:
-            logits_BL: fp32 [B, L]; positive means "replaced".
-            is_replaced_BL: bool [B, L].
-            is_token_BL: bool [B, L], False on padding.
+            output: What the generator reported.
+            valid_BK: bool [B, K], False for slots that a short sequence does not have.
         """
-        says_replaced_BL = logits_BL > 0
+        self.add(
+            mlm_loss_sum=output.loss_sum,
+            mlm_correct=output.correct_sum,
+            masked_tokens=valid_BK.sum(),
+        )
+
+    def add_discriminator(
+        self,
+        output: RtdOutput,
+        is_replaced_BL: torch.Tensor,
+        attention_mask_BL: torch.Tensor | None,
+    ) -> None:
+        """Count the discriminator's loss, and its hits on replaced and on original tokens.
+
+        Args:
+            output: What it reported; a positive logit means "replaced".
+            is_replaced_BL: bool [B, L].
+            attention_mask_BL: bool [B, L], False on padding; None where there is none.
+        """
+        is_token_BL = (
+            torch.ones_like(is_replaced_BL) if attention_mask_BL is None else attention_mask_BL
+        )
+        says_replaced_BL = output.logits_BL > 0
         original_BL = is_token_BL & ~is_replaced_BL
         self.add(
+            rtd_loss_sum=output.loss_sum,
             rtd_correct_replaced=(says_replaced_BL & is_replaced_BL).sum(),
             replaced_tokens=is_replaced_BL.sum(),
             rtd_correct_original=(~says_replaced_BL & original_BL).sum(),

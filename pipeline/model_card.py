@@ -18,10 +18,10 @@ from pipeline.config import RunConfig
 _PAPER = "https://arxiv.org/abs/2111.09543"
 
 _DISCRIMINATOR = """\
-# DeBERTaV3 discriminator
+# {family} discriminator
 
-The encoder for downstream tasks, pre-trained by replaced token detection with gradient-disentangled
-embedding sharing ([DeBERTaV3]({paper})). Its word embeddings are the merged table E_G + Delta.
+The encoder for downstream tasks, pre-trained by replaced token detection ([paper]({paper})). Its
+word embeddings are {embeddings}.
 
 ```python
 from transformers import AutoModel, AutoTokenizer
@@ -30,29 +30,51 @@ model = AutoModel.from_pretrained("PATH/discriminator")
 ```
 
 The weights `mask_predictions.*` are the head that tells replaced tokens from original ones,
-`w . GELU(W LayerNorm(h_CLS + h_i) + b) + c`. No class of transformers holds it: `AutoModel` reports
-its six tensors as unexpected and leaves them out, as it does with the released models.
+`{head}`. No class of transformers holds it: `AutoModel` reports its tensors as unexpected and
+leaves them out, as it does with the released models.
 """
 
 _GENERATOR = """\
-# DeBERTaV3 generator
+# {family} generator
 
-The masked language model that proposed the replacements in [DeBERTaV3]({paper}) pre-training. The
-repository beside it, `discriminator`, is the one for downstream tasks.
+The masked language model that proposed the replacements in pre-training by replaced token detection
+([paper]({paper})). The repository beside it, `discriminator`, is the one for downstream tasks.
 
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("PATH/generator")
 model = AutoModelForMaskedLM.from_pretrained("PATH/generator")
 ```
+"""
 
+_MASKED_LM = """\
+# {family}, a masked language model
+
+```python
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("PATH/generator")
+model = AutoModel.from_pretrained("PATH/generator")
+```
+"""
+
+_MASK_DECODER = """
 **Fill-mask predictions of this class are not the trained ones.** The generator predicts through an
 enhanced mask decoder: the last layer is applied twice, to queries that start as the states of the
 layer before plus `position_embeddings`. transformers has no such decoder: it leaves the position
 table out and applies the head to the last layer's states. The encoder is the trained one. For the
 trained predictions use `pipeline.modeling.networks.Generator`; `load_pretrained` of
-`pipeline.evaluate.load` builds it from this folder and its sister `discriminator`.
+`pipeline.evaluate.load` builds it from this folder and those beside it.
 """
+
+_EMBEDDINGS = {
+    "gdes": "the merged table E_G + Delta of gradient-disentangled embedding sharing",
+    "es": "the generator's, shared in training",
+    "nes": "its own",
+}
+_HEADS = {
+    "debertav3": "w . GELU(W LayerNorm(h_CLS + h_i) + b) + c",
+    "electra": "w . GELU(W h_i + b) + c",
+}
 
 _TRAINING = """
 ## Training
@@ -60,7 +82,7 @@ _TRAINING = """
 | | |
 |---|---|
 | optimizer steps | {step:,} |
-| tokens seen | {tokens:,} ({tokens_per_step:,} a step) |
+| tokens seen | {tokens:,} |
 | sequence length | {length} |
 | parameters here | {parameters:,} |
 | stored as | {dtype} |
@@ -84,7 +106,8 @@ class ExportFacts:
 
     config: RunConfig
     step: int
-    tokens_per_step: int
+    tokens: int
+    """Of all steps, padding included."""
     dtype: str
     dataset_fingerprint: str
     tokenizer_fingerprint: str
@@ -131,15 +154,13 @@ def model_card(network: str, facts: ExportFacts, parameters: int) -> str:
     data = ModelCardData(
         library_name="transformers",
         license="other",
-        tags=["deberta-v3", "replaced-token-detection", network],
+        tags=[_family(facts.config).lower(), *_task_tags(facts.config, network)],
         # Without a pipeline tag the hub would offer the generator for fill-mask.
         pipeline_tag="feature-extraction",
     )
-    head = _DISCRIMINATOR if network == "discriminator" else _GENERATOR
-    text = head.format(paper=_PAPER) + _TRAINING.format(
+    text = _head(network, facts.config) + _TRAINING.format(
         step=facts.step,
-        tokens=facts.step * facts.tokens_per_step,
-        tokens_per_step=facts.tokens_per_step,
+        tokens=facts.tokens,
         length=facts.config.data.sequence_length,
         parameters=parameters,
         dtype=facts.dtype,
@@ -150,6 +171,33 @@ def model_card(network: str, facts: ExportFacts, parameters: int) -> str:
     text += _heldout_section(facts.heldout)
     text += "\n## Licence\n\nNot chosen yet. Set `license` above to one that fits the text.\n"
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def _head(network: str, config: RunConfig) -> str:
+    """Say what the repository is."""
+    objective = config.objective
+    template = _DISCRIMINATOR if network == "discriminator" else _GENERATOR
+    text = (_MASKED_LM if objective.task == "mlm" else template).format(
+        family=_family(config),
+        paper=_PAPER,
+        embeddings=_EMBEDDINGS[objective.embedding_sharing],
+        head=_HEADS[objective.rtd_head],
+    )
+    has_decoder = network == "generator" and objective.enhanced_mask_decoder
+    return text + (_MASK_DECODER if has_decoder else "")
+
+
+def _family(config: RunConfig) -> str:
+    """Name the kind of model by what tells the papers' systems apart."""
+    if not config.generator.relative_attention:
+        return "BERT" if config.objective.task == "mlm" else "ELECTRA"
+    return "DeBERTa" if config.objective.task == "mlm" else "DeBERTa-v3"
+
+
+def _task_tags(config: RunConfig, network: str) -> tuple[str, ...]:
+    if config.objective.task == "mlm":
+        return ("masked-language-modelling",)
+    return ("replaced-token-detection", network)
 
 
 def _heldout_section(row: dict[str, Any] | None) -> str:

@@ -1,9 +1,15 @@
-"""AdamW for one network: what decays, how it is built, and a guard for ZeRO stage 0.
+"""AdamW for one network: what decays, how it is built, and what torch's AdamW does not do.
+
+    parameter_groups        which parameters decay
+    build_optimizer         the class that suits device, sharding and bias correction
+    FiniteGuardAdamW        leaves non-finite steps out, for ZeRO stage 0
+    UncorrectedAdamW        Adam as in the released code, without bias correction
 
 This layer does not name DeepSpeed: where the JSON offloads the state, the engine passes in the
 class of DeepSpeed's CPU Adam.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +20,7 @@ from torch.optim import AdamW, Optimizer
 from pipeline.config import OptimizerSection
 
 NO_DECAY_NAMES = ("bias", "LayerNorm.weight")
+_UNCORRECTED_KEYS = ("lr", "eps", "weight_decay")
 
 
 def parameter_groups(
@@ -59,7 +66,7 @@ def build_optimizer(
 
     Args:
         groups: From `parameter_groups`.
-        section: Betas and epsilon.
+        section: Betas, epsilon and bias correction.
         learning_rate: Peak rate of this network; the trainer scales it at every step.
         device_type: "cpu" or "cuda"; on CUDA the step is one fused kernel.
         zero_stage: ZeRO stage, 0 to 3; at 0 the optimizer itself refuses non-finite steps.
@@ -70,8 +77,14 @@ def build_optimizer(
     """
     constants = {"lr": learning_rate, "betas": section.betas, "eps": section.eps}
     if cpu_offload_class is not None:
-        return cpu_offload_class(list(groups), adamw_mode=True, **constants)
-    adamw = FiniteGuardAdamW if zero_stage == 0 else AdamW
+        correction = section.bias_correction
+        return cpu_offload_class(
+            list(groups), adamw_mode=True, bias_correction=correction, **constants
+        )
+    if zero_stage == 0:
+        adamw = FiniteGuardAdamW if section.bias_correction else _FiniteGuardUncorrectedAdamW
+    else:
+        adamw = AdamW if section.bias_correction else UncorrectedAdamW
     return adamw(list(groups), fused=device_type == "cuda", **constants)
 
 
@@ -116,3 +129,54 @@ class FiniteGuardAdamW(AdamW):
             self.skipped_steps += 1
             return None
         return super().step()
+
+
+class UncorrectedAdamW(AdamW):
+    """AdamW whose averages are used as they are: not divided by 1 - beta^t.
+
+    So its first step is (1 - beta1) / sqrt(1 - beta2) learning rates long (0.7 with the paper's
+    betas, 3.2 with the released code's), where a corrected one is 1 long.
+
+    Source:
+        DeBERTa/optims/xadam.py.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one step.
+
+        torch's kernels, fused or not, always correct. With m and v Adam's averages, c1 = 1 -
+        beta1^t, c2 = sqrt(1 - beta2^t), rate r, epsilon e and decay d, they subtract
+        r m / c1 / (sqrt(v) / c2 + e) + r d w from a weight w. With r c1 / c2, e / c2 and d c2 / c1
+        instead, that is r m / (sqrt(v) + e) + r d w: the uncorrected step. DeepSpeed hands over one
+        group or sub-group at a time, so each has the t of its own state.
+
+        Args:
+            closure: Must be None; a closure would take part in the changed groups.
+
+        Returns:
+            None.
+        """
+        assert closure is None, "the step is a function of gradients that are already there"
+        written = [{key: group[key] for key in _UNCORRECTED_KEYS} for group in self.param_groups]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            adam_step = self._completed_steps(group["params"]) + 1
+            c1, c2 = 1 - beta1**adam_step, math.sqrt(1 - beta2**adam_step)
+            group["lr"] *= c1 / c2
+            group["eps"] /= c2
+            group["weight_decay"] *= c2 / c1
+        try:
+            return super().step()
+        finally:
+            for group, values in zip(self.param_groups, written, strict=True):
+                group.update(values)
+
+    def _completed_steps(self, parameters: Sequence[torch.Tensor]) -> int:
+        """Adam's counter of parameters that always step together; 0 before their first step."""
+        steps = (self.state[p]["step"] for p in parameters if "step" in self.state.get(p, ()))
+        return int(next(steps, 0))
+
+
+class _FiniteGuardUncorrectedAdamW(FiniteGuardAdamW, UncorrectedAdamW):
+    """Both: the guard decides, then the step is the uncorrected one."""

@@ -7,20 +7,23 @@ says otherwise. Two answers are possible besides "refused":
     ROUNDING  the same run goes on, but sums are rounded in another order or type: samples, masks
               and the schedule stay, losses agree closely and not bit for bit
 
-The batch size, the clipping norm and the schedule are refused, because what was learned so far
-depends on them: a changed `schedule.max_steps` would have given every earlier step another learning
-rate. The cure is a new run folder.
+The batch size and the clipping norm are refused, because what was learned so far depends on them.
+So is the schedule where it would have treated a completed step differently: with a linear decay,
+another `schedule.max_steps` would have given every earlier step another learning rate. With `wsd`
+it may change until the descent begins, and phases may change that have not begun. The cure is a new
+run folder.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, ScheduleSection
 from pipeline.ds_config import DeepSpeedConfig
 from pipeline.findings import raise_findings, show
+from pipeline.schedule import learning_rate_factor
 
 
 class Verdict(Enum):
@@ -32,19 +35,24 @@ class Verdict(Enum):
 
 
 RESUME_RULES: tuple[tuple[str, Verdict, str], ...] = (
+    ("recipe", Verdict.FREE, "the values that it chose are compared one by one"),
     ("run.folder", Verdict.FREE, "a run folder may be moved"),
     ("run.deterministic", Verdict.ROUNDING, "other kernels"),
     ("data.path", Verdict.FREE, "the dataset's fingerprint is compared instead"),
     ("model.attention_backend", Verdict.ROUNDING, "the same formula in another order"),
     ("model.activation_checkpointing", Verdict.FREE, "recomputed values are the same"),
     ("schedule.max_consecutive_skipped_steps", Verdict.FREE, "only says when to give up"),
+    ("schedule.*", Verdict.REFUSED, "completed steps would have been other ones"),
+    ("initialize.guard_margin", Verdict.FREE, "only warns"),
+    ("initialize.*", Verdict.FREE, "read before the first commit, and never again"),
     ("checkpoint.*", Verdict.FREE, "when to commit, not what"),
     ("evaluation.*", Verdict.FREE, "training never reads a held-out figure"),
     ("logging.*", Verdict.FREE, "when to write, not what"),
     ("reference.*", Verdict.FREE, "only warns"),
     ("*", Verdict.REFUSED, "what was learned so far depends on it"),
 )
-"""The run configuration: the first pattern that matches a dotted path decides."""
+"""The run configuration: the first pattern that matches a dotted path decides, but a refused change
+of the schedule is free where `_completed_steps_agree`."""
 
 DEEPSPEED_RESUME_RULES: tuple[tuple[str, Verdict, str], ...] = (
     ("train_batch_size", Verdict.REFUSED, "it decides which samples each step sees"),
@@ -83,17 +91,26 @@ class Change:
         return f"{self.path} was {show(self.old)} and is now {show(self.new)}: {self.reason}"
 
 
-def changed_keys(old: RunConfig, new: RunConfig) -> list[Change]:
+def changed_keys(old: RunConfig, new: RunConfig, completed_steps: int) -> list[Change]:
     """Compare the run configuration of a run folder with the one given now.
 
     Args:
         old: From the run's `config.resolved.json`.
         new: What the user asks for.
+        completed_steps: Optimizer steps of the commit that the run would go on from.
 
     Returns:
         The changes in the order of the sections.
     """
-    return list(_compare(old.model_dump(mode="json"), new.model_dump(mode="json"), RESUME_RULES))
+    before, now = old.model_dump(mode="json"), new.model_dump(mode="json")
+    changes = list(_compare(before, now, RESUME_RULES))
+    refused = [
+        c for c in changes if c.path.startswith("schedule.") and c.verdict is Verdict.REFUSED
+    ]
+    if not refused or not _completed_steps_agree(old.schedule, new.schedule, completed_steps):
+        return changes
+    free = {"verdict": Verdict.FREE, "reason": "completed steps stay what they were"}
+    return [replace(change, **free) if change in refused else change for change in changes]
 
 
 def changed_deepspeed_keys(old: DeepSpeedConfig, new: DeepSpeedConfig) -> list[Change]:
@@ -129,6 +146,23 @@ def refuse_changes(run_folder: str, changes: Sequence[Change]) -> list[str]:
         [f"{change}; {cure}" for change in changes if change.verdict is Verdict.REFUSED],
     )
     return [str(change) for change in changes if change.verdict is Verdict.ROUNDING]
+
+
+def _completed_steps_agree(old: ScheduleSection, new: ScheduleSection, steps: int) -> bool:
+    """Whether both schedules give the first steps of a run the same phases and learning rates."""
+    return _phases_so_far(old, steps) == _phases_so_far(new, steps) and all(
+        learning_rate_factor(step, old) == learning_rate_factor(step, new) for step in range(steps)
+    )
+
+
+def _phases_so_far(schedule: ScheduleSection, steps: int) -> list[tuple[int, Any, Any]]:
+    """Phases that have begun: where they end within `steps`, their length and batch as written."""
+    starts = [0, *(phase.until_step for phase in schedule.phases)]
+    return [
+        (min(phase.until_step, steps), phase.sequence_length, phase.train_batch_size)
+        for start, phase in zip(starts, schedule.phases, strict=False)
+        if start < steps
+    ]
 
 
 def _compare(

@@ -26,6 +26,8 @@ class DrawKey:
     """int64 [B, 2]: epoch and index of every sample (`counter_rng.sample_words`)."""
     temperature: float = 1.0
     """Logits are divided by this before the draw."""
+    allowed_ids: range | None = None
+    """Consecutive ids among which the draw is made; None allows all."""
 
 
 class CorruptedBatch(NamedTuple):
@@ -80,15 +82,20 @@ def corrupt(
 
     Args:
         input_ids_BL: int64 [B, L], the original tokens.
-        positions_BK: int64 [B, K], positions of the slots.
-        valid_BK: bool [B, K], False for the padding slots of short sequences.
+        positions_BK: int64 [B, K], positions of the slots, ascending where valid.
+        valid_BK: bool [B, K], False for the padding slots of short sequences, which come last.
         drawn_BK: int64 [B, K], the generator's draws.
 
     Returns:
         The corrupted ids and the labels.
     """
-    original_BK = input_ids_BL.gather(1, positions_BK)
-    # Padding slots write the original token back: several of them may name the same position.
-    replacement_BK = torch.where(valid_BK, drawn_BK, original_BK)
-    corrupted_BL = input_ids_BL.scatter(1, positions_BK, replacement_BK)
+    length = input_ids_BL.shape[1]
+    position_BL = torch.arange(length, device=input_ids_BL.device).expand_as(input_ids_BL)
+    # Each position looks for its slot: a scatter has no fast deterministic kernel on CUDA.
+    slots_BK = torch.where(valid_BK, positions_BK, length)
+    slot_BL = torch.searchsorted(slots_BK, position_BL.contiguous()).clamp(
+        max=slots_BK.shape[1] - 1
+    )
+    is_drawn_BL = slots_BK.gather(1, slot_BL) == position_BL
+    corrupted_BL = torch.where(is_drawn_BL, drawn_BK.gather(1, slot_BL), input_ids_BL)
     return CorruptedBatch(corrupted_BL, corrupted_BL != input_ids_BL)

@@ -14,36 +14,46 @@ from pipeline.runtime import World
 class Throughput:
     """Measures throughput between rows, without evaluations and commits."""
 
-    def __init__(self, config: RunConfig, train_batch_size: int, world: World) -> None:
-        """Start measuring.
+    def __init__(self, config: RunConfig, world: World) -> None:
+        """Start the clock.
 
         Args:
             config: The run.
-            train_batch_size: Sequences in one optimizer step.
             world: This process's place.
         """
-        self._tokens_per_step = train_batch_size * config.data.sequence_length
-        self._flops_per_token = training_flops_per_token(config)
+        self._config = config
         self._device = world.device
         name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
         rate = peak_flops(name)
         self._peak_flops = rate * world.world_size if rate else None
-        self._first_step: int | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._started_seconds = time.monotonic()
         self._waited_seconds = 0.0
         self._steps = 0
+        self._tokens = 0
+        self._flops = 0.0
 
     def waiting_for_data(self) -> "_Stopwatch":
-        """Begin a step by waiting for its data.
+        """Wait for a step's data.
 
         Returns:
             A context whose time counts as waiting.
         """
-        self._steps += 1
         return _Stopwatch(self._add_wait)
+
+    def count_step(self, train_batch_size: int, sequence_length: int) -> None:
+        """Count the work of a step.
+
+        Args:
+            train_batch_size: Its sequences.
+            sequence_length: Their tokens.
+        """
+        tokens = train_batch_size * sequence_length
+        self._steps += 1
+        self._tokens += tokens
+        self._flops += tokens * training_flops_per_token(self._config, sequence_length)
 
     def paused(self) -> "_Stopwatch":
         """Do something that is not training.
@@ -66,15 +76,14 @@ class Throughput:
             The `perf/*` figures; `perf/mfu` where the device's peak is known.
         """
         seconds = max(1e-9, time.monotonic() - self._started_seconds)
-        rate = self._steps * self._tokens_per_step / seconds
         figures = {
-            "perf/tokens_per_second": rate,
+            "perf/tokens_per_second": self._tokens / seconds,
             "perf/data_wait_fraction": self._waited_seconds / seconds,
             "perf/step_seconds": seconds / max(1, self._steps),
             "perf/memory_gib": _memory_bytes(self._device) / 2**30,
         }
         if self._peak_flops:
-            figures["perf/mfu"] = rate * self._flops_per_token / self._peak_flops
+            figures["perf/mfu"] = self._flops / seconds / self._peak_flops
         self._reset()
         return figures
 

@@ -20,7 +20,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from data_prep.errors import EXIT_CORRUPT, EXIT_DIVERGED, EXIT_STOPPED, UserError
+from data_prep.errors import (
+    EXIT_CORRUPT,
+    EXIT_DIVERGED,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    UserError,
+)
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config, require_data_path
 from pipeline.ds_config import DeepSpeedConfig, check_device, combine_checks, load_deepspeed_config
@@ -56,7 +62,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = _Parser(
         prog="deberta train",
-        description="Pre-train a DeBERTaV3; the same command resumes a run.",
+        description="Pre-train DeBERTa, ELECTRA or BERT; the same command resumes a run.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -70,7 +76,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     parser.add_argument("--world-size", type=int, help="with --dry-run: ranks to plan for")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="single keys; recipe=released_code takes the values of the authors' code",
+    )
     # Words may stand between options; one with dashes is explained where the keys are known.
     options, unknown = parser.parse_known_args(argv)
     options.overrides += unknown
@@ -87,7 +98,23 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     Args:
         argv: Words after the program's name; the process's own where None.
     """
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    leave(run(sys.argv[1:] if argv is None else argv))
+
+
+def leave(code: int) -> NoReturn:
+    """End the process of a rank, whose files are all on disk.
+
+    Args:
+        code: Exit code.
+    """
+    if code == EXIT_USAGE:
+        sys.exit(code)  # nothing native has been started yet
+    # Without the interpreter's clean-up: there, threads of the native libraries were seen to end
+    # ranks that had finished with SIGABRT ("terminate called without an active exception").
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -104,7 +131,7 @@ def run(argv: Sequence[str]) -> int:
         config = load_run_config(options.config, options.overrides)
         ds = load_deepspeed_config(options.deepspeed_config)
         if options.dry_run:
-            return dry_run(config, ds, options.world_size or 1)
+            return _dry_run(config, ds, options.world_size or 1)
         require_data_path(config)
     except UserError as error:
         return _report(error)
@@ -120,49 +147,18 @@ def _report(error: UserError, *, everywhere: bool = False) -> int:
     return error.exit_code
 
 
-def dry_run(config: RunConfig, ds: DeepSpeedConfig, world_size: int) -> int:
-    """Check a run and print what it would be, without a device, a world or a write.
+def _dry_run(config: RunConfig, ds: DeepSpeedConfig, world_size: int) -> int:
+    """Print what a run would be."""
+    # Imported after the configuration has been checked: a typo costs no ten seconds.
+    from pipeline.dry_run import describe_run
 
-    Args:
-        config: The run.
-        ds: The DeepSpeed JSON.
-        world_size: Ranks to plan for.
-
-    Returns:
-        0.
-
-    Raises:
-        UserError: Something does not fit.
-    """
-    import torch
-
-    from pipeline.assemble import open_data
-    from pipeline.banner import count_parameters, memory_line
-    from pipeline.modeling.networks import Discriminator, Generator
-
-    plan = ds.batch_plan(world_size)
-    lines = []
-    if config.data.path:
-        data = open_data(config)
-        epochs = config.schedule.max_steps * plan.train_batch_size / data.train.num_sequences
-        lines.append(f"data: {data.train.num_tokens:,} training tokens, {epochs:.3g} epochs")
-    with torch.device("meta"):
-        generator = count_parameters(Generator(config.generator, config.model))
-        discriminator = count_parameters(Discriminator(config.discriminator, config.model))
-    lines += [
-        f"parameters: generator {generator:,}, discriminator {discriminator:,}",
-        *ds.explain(plan, config.data.sequence_length),
-        memory_line(generator + discriminator, ds, world_size),
-        *(f"warning: {text}" for text in combine_checks(config, ds)),
-    ]
-    print("\n".join(lines))
+    print("\n".join(describe_run(config, ds, world_size)))
     return 0
 
 
 def _train(config: RunConfig, ds: DeepSpeedConfig) -> int:
     """Train as one rank of whatever world launched this process."""
     _prepare_process()
-    # Imported after the configuration has been checked: a typo costs no ten seconds.
     import torch.distributed as dist
 
     from pipeline.assemble import Session
@@ -224,6 +220,8 @@ def _fit(session: "Session") -> int:
             ),
             "data": assembled.data.describe(),
         }
+        if phases := assembled.schedule.explain():
+            facts["phases"] = "; ".join(phases)
         lines = banner_lines(
             session.config, session.ds, session.plan, assembled.engines, facts, start
         )

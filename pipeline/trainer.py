@@ -5,23 +5,28 @@ commit holds everything that was written up to its step and a resumed run writes
 """
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from data_prep.errors import DivergedError
 from pipeline.checkpoint import CheckpointStore, SaveError
 from pipeline.commit import Commit
 from pipeline.config import RunConfig
-from pipeline.data import Prefetcher, TrainBatches
-from pipeline.engine import Engines, StepOutcome, parameter_norm
+from pipeline.data import SequenceBatch, TrainBatches
+from pipeline.engine import Engines, parameter_norm
 from pipeline.engine_state import scalar_state
+from pipeline.engine_stepping import StepOutcome, set_learning_rates
+from pipeline.guard import loss_above_chance, losses_above_start
 from pipeline.metrics import IntervalSums, MetricsWriter
+from pipeline.objective_keys import ObjectiveKeys
+from pipeline.prefetch import Prefetcher
 from pipeline.progress import ProgressDisplay, describe
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import StopSignal, World
 from pipeline.schedule import learning_rate_factor
-from pipeline.step import LearningRates, RTDStep, StepResult
+from pipeline.step import StepResult, TrainingStep
 from pipeline.throughput import Throughput
 
 DELTA_NAME = "deberta.embeddings.word_embeddings._weight"
@@ -38,27 +43,26 @@ class TrainState:
 
     step: int = 0
     """Completed optimizer steps."""
-    generator_skipped: int = 0
-    """Steps that the generator refused because a gradient was not finite."""
-    discriminator_skipped: int = 0
-    """Steps that the discriminator refused."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """By engine: steps refused because a gradient was not finite."""
     consecutive_skipped: int = 0
-    """Steps in a row in which either network refused."""
+    """Steps in a row in which some engine refused."""
     owes_evaluation: bool = False
     """A request to stop came before this step's evaluation was done; a resumed run does it."""
+    starting_figures: dict[str, float] = field(default_factory=dict)
+    """Continued pre-training: the held-out figures of the model that it began with."""
 
-    def count(self, generator: StepOutcome, discriminator: StepOutcome) -> None:
+    def count(self, outcomes: dict[str, StepOutcome]) -> None:
         """Record what the optimizers did.
 
         Args:
-            generator: Outcome of the generator's step.
-            discriminator: Outcome of the discriminator's step.
+            outcomes: By engine.
         """
         self.step += 1
-        self.generator_skipped += not generator.applied
-        self.discriminator_skipped += not discriminator.applied
-        both = generator.applied and discriminator.applied
-        self.consecutive_skipped = 0 if both else self.consecutive_skipped + 1
+        for name, outcome in outcomes.items():
+            self.skipped[name] = self.skipped.get(name, 0) + (not outcome.applied)
+        applied = all(outcome.applied for outcome in outcomes.values())
+        self.consecutive_skipped = 0 if applied else self.consecutive_skipped + 1
 
 
 @dataclass
@@ -80,7 +84,8 @@ class Trainer:
         self,
         config: RunConfig,
         engines: Engines,
-        rtd_step: RTDStep,
+        train_step: TrainingStep,
+        keys: Mapping[int, ObjectiveKeys],
         batches: TrainBatches,
         services: Services,
         *,
@@ -94,8 +99,9 @@ class Trainer:
 
         Args:
             config: The run.
-            engines: Both networks.
-            rtd_step: One optimizer step.
+            engines: The networks.
+            train_step: One optimizer step.
+            keys: By sequence length: the random functions of masks and draws.
             batches: The data as a function of the step.
             services: Checkpoints, signals, evaluation and output.
             world: This process's place.
@@ -107,14 +113,15 @@ class Trainer:
         self.config = config
         self.state = state
         self._engines = engines
-        self._rtd_step = rtd_step
+        self._train_step = train_step
+        self._keys = keys
         self._batches = batches
         self._services = services
         self._world = world
         self._interval = interval
         self.identity = identity
         self._config_json = config_json
-        self._clock = Throughput(config, batches.train_batch_size, world)
+        self._clock = Throughput(config, world)
         self._last_commit = state.step
         self._failed_commits = 0
 
@@ -136,12 +143,9 @@ class Trainer:
             while self.state.step < max_steps and not stopping:
                 with self._clock.waiting_for_data():
                     micro_batches = prefetcher.next()
-                rates = self.learning_rates()
-                result = self._rtd_step(self.state.step, micro_batches, rates)
-                self.state.count(result.generator, result.discriminator)
-                self._interval.add(result.sums)
+                result = self._take_step(micro_batches)
                 stopping = self._services.stop.agreed()
-                self._write_row_when_due(result, rates)
+                self._write_row_when_due(result)
                 stopping = self._evaluate_when_due(stopping)
                 self._commit_when_due(stopping)
                 self._refuse_divergence()
@@ -149,18 +153,21 @@ class Trainer:
         finally:
             prefetcher.close()
 
-    def learning_rates(self) -> LearningRates:
-        """Evaluate the schedule at the step that comes next.
-
-        Returns:
-            Learning rates of both networks.
-        """
-        factor = learning_rate_factor(self.state.step, self.config.schedule)
-        optimizer = self.config.optimizer
-        return LearningRates(
-            optimizer.generator_learning_rate * factor,
-            optimizer.discriminator_learning_rate * factor,
+    def _take_step(self, micro_batches: list[SequenceBatch]) -> StepResult:
+        """Train on the micro batches of the step that comes next, and count it."""
+        step, length = self.state.step, micro_batches[0].input_ids_BL.shape[1]
+        factor = learning_rate_factor(step, self.config.schedule)
+        result = self._train_step(
+            step, micro_batches, self._keys[length], partial(self._set_rates, factor)
         )
+        self._clock.count_step(self._batches.batch_size_at(step), length)
+        self.state.count(result.outcomes)
+        self._interval.add(result.sums)
+        return result
+
+    def _set_rates(self, factor: float, name: str) -> None:
+        """Write the learning rates of the coming step into one engine."""
+        set_learning_rates(self._engines.by_name[name], self.config.optimizer, factor)
 
     def _is_due(self, interval_steps: int) -> bool:
         """Whether an event falls on the step that just ended; the last step has all events."""
@@ -168,7 +175,7 @@ class Trainer:
         last = step == self.config.schedule.max_steps
         return last or (interval_steps > 0 and step % interval_steps == 0)
 
-    def _write_row_when_due(self, result: StepResult, rates: LearningRates) -> None:
+    def _write_row_when_due(self, result: StepResult) -> None:
         services = self._services
         if services.progress is not None:
             services.progress.advance(self.state.step)
@@ -176,21 +183,35 @@ class Trainer:
             return
         figures = {
             **self._interval.take(),
-            "train/delta_norm": parameter_norm(
-                self._engines.discriminator, DELTA_NAME, self._world
-            ),
+            **self._delta_figure(),
             "train/epochs": self._batches.epochs_at(self.state.step),
-            "optim/generator_learning_rate": rates.generator,
-            "optim/discriminator_learning_rate": rates.discriminator,
-            "optim/generator_grad_norm": result.generator.grad_norm,
-            "optim/discriminator_grad_norm": result.discriminator.grad_norm,
-            "optim/generator_skipped_steps": self.state.generator_skipped,
-            "optim/discriminator_skipped_steps": self.state.discriminator_skipped,
+            **self._optimizer_figures(result.outcomes),
             **self._clock.take(),
         }
         if services.metrics is not None and services.progress is not None:
             services.metrics.write(self.state.step, figures)
             services.progress.show(self.state.step, figures)
+
+    def _delta_figure(self) -> dict[str, float]:
+        """How far E_D has moved from E_G; a collective."""
+        if self.config.objective.task == "mlm" or self.config.objective.embedding_sharing != "gdes":
+            return {}
+        joint = self._engines.by_name.get("joint")
+        engine = joint or self._engines.by_name["discriminator"]
+        name = f"discriminator.{DELTA_NAME}" if joint else DELTA_NAME
+        return {"train/delta_norm": parameter_norm(engine, name, self._world)}
+
+    def _optimizer_figures(self, outcomes: dict[str, StepOutcome]) -> dict[str, float]:
+        """Learning rates of the networks; gradient norms and refused steps of the engines."""
+        factor = learning_rate_factor(self.state.step - 1, self.config.schedule)
+        optimizer = self.config.optimizer
+        rates = {
+            f"optim/{network}_learning_rate": optimizer.learning_rate(network) * factor
+            for network in self.config.networks
+        }
+        norms = {f"optim/{name}_grad_norm": each.grad_norm for name, each in outcomes.items()}
+        skipped = {f"optim/{name}_skipped_steps": self.state.skipped[name] for name in outcomes}
+        return {**rates, **norms, **skipped}
 
     def _evaluate_when_due(self, stopping: bool) -> bool:
         """Evaluate at intervals and at the end; returns whether to stop.
@@ -212,11 +233,24 @@ class Trainer:
         """Write the held-out figures of this step; False where a request to stop came between."""
         with self._clock.paused():
             figures = self._services.evaluate()
+        if figures and self.config.initialize.path:
+            self._guard(figures)
         if figures and self._services.metrics is not None and self._services.progress is not None:
             self._services.metrics.write(self.state.step, figures)
             shown = describe({k.replace("eval/", "train/"): v for k, v in figures.items()})
             self._services.progress.say(f"step {self.state.step:,} held-out: {shown}")
         return figures is not None
+
+    def _guard(self, figures: dict[str, float]) -> None:
+        """Judge and keep the figures of the starting point; warn where a later loss is higher."""
+        margin, start = self.config.initialize.guard_margin, self.state.starting_figures
+        if self.state.step == 0:
+            self.state.starting_figures = figures
+            lines = loss_above_chance(figures)
+        else:
+            lines = losses_above_start(start, figures, margin)
+        for line in lines:
+            logger.warning("step %d: %s", self.state.step, line)
 
     def _commit_when_due(self, stopping: bool) -> None:
         """Commit at intervals, at the end and on request; a full disk must not end a long run."""
@@ -242,12 +276,13 @@ class Trainer:
         Returns:
             The commit.
         """
-        engines = self._engines.items()
+        engines = self._engines.by_name
         train_state = {
             "state": vars(self.state),
             "interval_sums": self._interval.state(),
             "networks": {name: scalar_state(engine) for name, engine in engines.items()},
             "identity": self.identity,
+            "tokens": self._batches.tokens_before(self.state.step),
         }
         step = self.state.step
         if self._services.metrics is not None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from data_prep.shards import Dataset
 from pipeline.config import RunConfig
-from pipeline.modeling.networks import Discriminator, Generator
+from pipeline.modeling.pair import NetworkPair
 from tests.reference.small_networks import scramble
 
 NETWORK = {
@@ -27,8 +27,8 @@ NETWORK = {
 }
 
 
-def run_config(dataset: Path, run_folder: Path) -> RunConfig:
-    """A run whose networks differ in depth."""
+def run_config(dataset: Path, run_folder: Path, **sections: dict) -> RunConfig:
+    """A run whose networks differ in depth; `sections` replace or add whole sections."""
     return RunConfig.model_validate(
         {
             "run": {"folder": str(run_folder), "seed": 5},
@@ -36,30 +36,28 @@ def run_config(dataset: Path, run_folder: Path) -> RunConfig:
             "model": {"vocab_size": Dataset.open(dataset).manifest.vocab_size},
             "generator": NETWORK,
             "discriminator": {**NETWORK, "num_hidden_layers": 3},
-            "optimizer": {
-                "generator_learning_rate": 1e-3,
-                "discriminator_learning_rate": 1e-3,
-            },
+            "optimizer": {"generator_learning_rate": 1e-3},
             "schedule": {"max_steps": 100, "warmup_steps": 10},
             "evaluation": {"max_sequences": 8},
+            **sections,
         }
     )
 
 
-def random_networks(config: RunConfig, seed: int) -> tuple[Generator, Discriminator]:
+def random_pair(config: RunConfig, seed: int) -> NetworkPair:
     """Networks with all their weights random."""
-    generator = Generator(config.generator, config.model)
-    discriminator = Discriminator(config.discriminator, config.model)
-    return scramble(generator, seed).eval(), scramble(discriminator, seed + 1).eval()
+    pair = NetworkPair(config)
+    scramble(pair.generator, seed)
+    if pair.discriminator is not None:
+        scramble(pair.discriminator, seed + 1)
+    return pair.eval()
 
 
-def write_commit(
-    config: RunConfig, step: int, networks: tuple[Generator, Discriminator] | None = None
-) -> Path:
+def write_commit(config: RunConfig, step: int, pair: NetworkPair | None = None) -> Path:
     """Write a commit of two ranks into the run's folder."""
     commit = Path(config.run.folder) / "checkpoints" / f"step-{step:08d}"
-    for network in networks or random_networks(config, step):
-        folder = commit / network.name
+    for folder_name, network in (pair or random_pair(config, step)).trained_modules().items():
+        folder = commit / folder_name
         folder.mkdir(parents=True)
         for rank in range(2):
             starts, tensors = {}, {}
@@ -88,7 +86,7 @@ def write_commit(
         "deepspeed_config": {},
         "batch": {"train_micro_batch_size_per_gpu": 4, "tokens_per_step": 320},
     }
-    state = {"state": {"step": step}, "identity": identity}
+    state = {"state": {"step": step}, "identity": identity, "tokens": step * 320}
     (commit / "train_state.json").write_text(json.dumps(state))
     (commit / "config.resolved.json").write_text(json.dumps(resolved))
     _seal(commit, step)

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from pipeline.config import ObjectiveSection, OptimizerSection
+from pipeline.config import ObjectiveSection, OptimizerSection, RunConfig, ScheduleSection
 from pipeline.counter_rng import sample_words
 from pipeline.data import SequenceBatch
 from pipeline.ds_config import BatchPlan, check_deepspeed_config
 from pipeline.engine import Engines, start_engines
-from pipeline.step import LearningRates, ObjectiveKeys, RTDStep, StepResult
+from pipeline.masking import MaskingVocabulary
+from pipeline.modeling.pair import NetworkPair
+from pipeline.objective_keys import ObjectiveKeys
+from pipeline.step import StepResult, TrainingStep, build_step
 from tests.reference import small_networks
 
 LAUNCHER = {
@@ -24,7 +27,8 @@ LAUNCHER = {
     "MASTER_PORT": "0",
 }
 LENGTH = 12
-RATES = LearningRates(1e-3, 1e-3)
+RATE = 1e-3
+VOCABULARY = MaskingVocabulary(small_networks.MASK_ID)
 
 
 def deepspeed_config(stage=1, precision="fp32", micro=4, train_batch_size=8, clipping=1.0):
@@ -43,49 +47,76 @@ def deepspeed_config(stage=1, precision="fp32", micro=4, train_batch_size=8, cli
 
 @dataclass
 class Rig:
-    """Both networks under DeepSpeed, and the step that trains them."""
+    """The networks under DeepSpeed, and the step that trains them."""
 
     engines: Engines
     plan: BatchPlan
     keys: ObjectiveKeys
-    step: RTDStep
+    step: TrainingStep
 
-    def run(self, step, rates=RATES) -> StepResult:
-        """Train on the samples of a step."""
-        return self.step(step, sequence_batches(step, self.plan), rates)
+    def run(self, step, **rates) -> StepResult:
+        """Train on the samples of a step; rates by engine replace RATE."""
+        return self.step(step, sequence_batches(step, self.plan), self.keys, self.prepare(**rates))
 
-    def weights(self, network) -> dict[str, torch.Tensor]:
-        """Copies of a network's parameters, as the engine holds them between steps."""
-        engine = getattr(self.engines, network)
-        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    def prepare(self, **rates):
+        """What sets an engine's learning rate before its step."""
+
+        def prepare(name):
+            for group in self.engines.by_name[name].optimizer.param_groups:
+                group["lr"] = rates.get(name, RATE)
+
+        return prepare
+
+    def module(self, name):
+        """The module inside an engine."""
+        return self.engines.by_name[name].module
+
+    def weights(self, name) -> dict[str, torch.Tensor]:
+        """Copies of an engine's parameters, as it holds them between steps."""
+        return {key: p.detach().clone() for key, p in self.module(name).named_parameters()}
 
 
-def small_pair(**changes):
-    """A generator and a discriminator of two layers, every weight random."""
-    return small_networks.generator(layers=2, **changes), small_networks.discriminator(
-        layers=2, **changes
+def small_config(objective=None, optimizer=None, layers=2, **changes) -> RunConfig:
+    """A run of small networks; `changes` are of both networks' sections."""
+    objective = objective or ObjectiveSection()
+    section = small_networks.network_section(layers, **changes)
+    return RunConfig(
+        model=small_networks.model_section(),
+        generator=section,
+        discriminator=section if objective.task == "rtd" else None,
+        objective=objective,
+        optimizer=OptimizerSection(generator_learning_rate=RATE, **(optimizer or {})),
+        schedule=ScheduleSection(max_steps=100, warmup_steps=0),
+        data={"sequence_length": LENGTH},
     )
 
 
-def rig(world, *, objective=None, networks=None, optimizer=None, **deepspeed) -> Rig:
-    """Start engines around two small networks; `networks` replaces them, the rest are settings."""
-    generator, discriminator = networks or small_pair()
+def small_pair(objective=None, config=None, **changes) -> NetworkPair:
+    """Networks of two layers, every weight random."""
+    pair = NetworkPair(config or small_config(objective, **changes))
+    small_networks.scramble(pair.generator, 1)
+    if pair.discriminator is not None:
+        small_networks.scramble(pair.discriminator, 2)
+    return pair
+
+
+def rig(world, *, objective=None, pair=None, optimizer=None, **deepspeed) -> Rig:
+    """Start engines around small networks; `pair` replaces them, the rest are settings."""
+    objective = objective or ObjectiveSection()
+    pair = pair or small_pair(objective)
     config = deepspeed_config(**deepspeed)
     plan = config.batch_plan(1)
-    section = OptimizerSection(
-        generator_learning_rate=1e-3, discriminator_learning_rate=1e-3, **(optimizer or {})
-    )
+    section = OptimizerSection(generator_learning_rate=RATE, **(optimizer or {}))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in LAUNCHER.items():  # DeepSpeed looks for them
             patch.setenv(name, value)
         # Stage 3 replaces it for good, with one that rounds bf16 differently: not for other tests.
         patch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
         engines = start_engines(
-            generator, discriminator, optimizer=section, ds=config, plan=plan, world=world
+            pair.trained_modules(), optimizer=section, ds=config, plan=plan, world=world
         )
-    objective = objective or ObjectiveSection()
-    keys = ObjectiveKeys(objective, 3, LENGTH, small_networks.MASK_ID, "train")
-    step = RTDStep(engines, objective, keys, seed=3, plan=plan, world=world)
+    keys = ObjectiveKeys(objective, 3, LENGTH, VOCABULARY, "train")
+    step = build_step(engines, pair, objective, seed=3, plan=plan, world=world)
     return Rig(engines, plan, keys, step)
 
 

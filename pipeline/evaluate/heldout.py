@@ -6,16 +6,17 @@ tell, whatever the share of replaced tokens.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipeline.data import SequenceStream, heldout_batches
+from pipeline.data import SequenceBatch, SequenceStream, heldout_batches
+from pipeline.masking import MaskedBatch
 from pipeline.metrics import StepSums, ratios
-from pipeline.rtd import corrupt
+from pipeline.modeling.pair import PairOutput
+from pipeline.objective_keys import ObjectiveKeys
+from pipeline.rtd import DrawKey
 from pipeline.runtime import World
-from pipeline.step import ObjectiveKeys
 
 _BINS = 8192
 _LOGIT_RANGE = 16.0
@@ -33,15 +34,21 @@ class RocHistogram:
         self.counts = torch.zeros(2, _BINS, dtype=torch.int64, device=device)
 
     def add(
-        self, logits_BL: torch.Tensor, is_replaced_BL: torch.Tensor, is_token_BL: torch.Tensor
+        self,
+        logits_BL: torch.Tensor,
+        is_replaced_BL: torch.Tensor,
+        attention_mask_BL: torch.Tensor | None,
     ) -> None:
         """Count a batch.
 
         Args:
             logits_BL: fp32 [B, L].
             is_replaced_BL: bool [B, L].
-            is_token_BL: bool [B, L], False on padding.
+            attention_mask_BL: bool [B, L], False on padding; None where there is none.
         """
+        is_token_BL = (
+            torch.ones_like(is_replaced_BL) if attention_mask_BL is None else attention_mask_BL
+        )
         scaled = (logits_BL + _LOGIT_RANGE) * (_BINS / (2 * _LOGIT_RANGE))
         bins_BL = scaled.long().clamp(0, _BINS - 1)
         for row, chosen in enumerate((is_token_BL & ~is_replaced_BL, is_token_BL & is_replaced_BL)):
@@ -65,9 +72,7 @@ class RocHistogram:
 
 @torch.no_grad()
 def evaluate_heldout(
-    generator: Callable[..., Any],
-    token_embeddings: Callable[[torch.Tensor], torch.Tensor],
-    discriminator: Callable[..., Any],
+    predict: Callable[[SequenceBatch, MaskedBatch, DrawKey | None], PairOutput],
     *,
     stream: SequenceStream,
     keys: ObjectiveKeys,
@@ -76,12 +81,10 @@ def evaluate_heldout(
     world: World,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Evaluate both networks on the held-out split; a collective.
+    """Evaluate the networks on the held-out split; a collective.
 
     Args:
-        generator: The generator or its engine, in evaluation mode.
-        token_embeddings: E_G's lookup.
-        discriminator: The discriminator or its engine, in evaluation mode.
+        predict: Computes both losses, in evaluation mode.
         stream: The held-out split.
         keys: Masks and draws of the held-out split.
         max_sequences: How many sequences all ranks read together.
@@ -99,30 +102,15 @@ def evaluate_heldout(
         if should_stop():
             return None
         batch = host_batch.to(world.device)
-        slots, mask_BL = keys.mask(batch), batch.attention_mask()
-        mlm = generator(
-            slots.masked_ids_BL,
-            mask_BL,
-            slots.positions_BK,
-            slots.valid_BK,
-            slots.targets_BK,
-            keys.draw(batch),
-            None,
-        )
-        ids_BL, is_replaced_BL = corrupt(
-            batch.input_ids_BL, slots.positions_BK, slots.valid_BK, mlm.drawn_BK
-        )
-        rtd = discriminator(ids_BL, token_embeddings(ids_BL), mask_BL, is_replaced_BL.float(), None)
-        if is_real:
-            is_token_BL = torch.ones_like(is_replaced_BL) if mask_BL is None else mask_BL
-            sums.add(
-                mlm_loss_sum=mlm.loss_sum,
-                mlm_correct=mlm.correct_sum,
-                masked_tokens=slots.valid_BK.sum(),
-                rtd_loss_sum=rtd.loss_sum,
-            )
-            sums.add_discriminator(rtd.logits_BL, is_replaced_BL, is_token_BL)
-            roc.add(rtd.logits_BL, is_replaced_BL, is_token_BL)
+        slots = keys.mask(batch)
+        mlm, rtd, corrupted = predict(batch, slots, keys.draw(batch))
+        if not is_real:
+            continue
+        sums.add_generator(mlm, slots.valid_BK)
+        if rtd is not None and corrupted is not None:
+            is_replaced_BL, mask_BL = corrupted.is_replaced_BL, batch.attention_mask()
+            sums.add_discriminator(rtd, is_replaced_BL, mask_BL)
+            roc.add(rtd.logits_BL, is_replaced_BL, mask_BL)
     figures = ratios(sums.reduce(), "eval")
     area = roc.area()
     return figures if area is None else {**figures, "eval/rtd_auc": area}

@@ -17,8 +17,9 @@ from pipeline.data import SequenceStream
 from pipeline.evaluate.heldout import evaluate_heldout
 from pipeline.evaluate.load import load_pretrained
 from pipeline.export import open_tokenized
+from pipeline.masking import MaskingVocabulary
+from pipeline.objective_keys import ObjectiveKeys
 from pipeline.runtime import World
-from pipeline.step import ObjectiveKeys
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,13 @@ def evaluate_heldout_model(
         raise UserError(
             f"{dataset} holds nothing out: build it with `deberta-prep build --heldout-fraction`"
         )
-    mask_id = Tokenizer.load(data.tokenizer_folder).mask_id
-    generator = pretrained.generator.eval().to(chosen)
-    discriminator = pretrained.discriminator.eval().to(chosen)
+    vocabulary = MaskingVocabulary.from_tokenizer(Tokenizer.load(data.tokenizer_folder))
+    pair = pretrained.pair.eval().to(chosen)
     count = max_sequences or config.evaluation.max_sequences
     figures = evaluate_heldout(
-        generator,
-        generator.token_embeddings,
-        discriminator,
+        pair.predict,
         stream=stream,
-        keys=ObjectiveKeys(config.objective, config.run.seed, length, mask_id, "heldout"),
+        keys=ObjectiveKeys(config.objective, config.run.seed, length, vocabulary, "heldout"),
         max_sequences=count,
         batch_size=batch_size or pretrained.micro_batch_size,
         world=World(rank=0, local_rank=0, world_size=1, device=chosen),

@@ -4,7 +4,7 @@ a run folder, one of its commits     networks from the commit; exported first fo
 an export, or one of its folders     networks rebuilt from both repositories
 any DeBERTa-v2/v3 repository         for fine-tuning: config.json, weights and spm.model
 
-load_pretrained        both networks in fp32, for held-out figures
+load_pretrained        the networks in fp32, for held-out figures
 encoder_repository     a folder that transformers loads, for fine-tuning
 """
 
@@ -15,26 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.errors import UserError
-from pipeline.assemble import load_commit_weights
 from pipeline.config import RunConfig
 from pipeline.config_files import read_json
 from pipeline.config_loading import load_run_config
 from pipeline.export import PRETRAINING_CONFIG, export_run, find_commit
-from pipeline.hf_layout import networks_from_tensors, read_tensors
-from pipeline.modeling.networks import Discriminator, Generator
+from pipeline.hf_layout import pair_from_tensors, read_tensors
+from pipeline.modeling.pair import NetworkPair
+from pipeline.weights import load_commit_pair
 
 _REPOSITORIES = ("discriminator", "generator")
 
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """Both networks of a run at some step, in fp32 on the CPU."""
+    """The networks of a run at some step, in fp32 on the CPU."""
 
     source: Path
     """The commit or export that was read."""
     config: RunConfig
-    generator: Generator
-    discriminator: Discriminator
+    pair: NetworkPair
     step: int
     micro_batch_size: int
     """Sequences in a forward pass of the training."""
@@ -57,23 +56,22 @@ def load_pretrained(model: Path) -> PretrainedModel:
     root = _export_root(model)
     if root is None:
         return _from_commit(model)
-    missing = [n for n in _REPOSITORIES if not (root / n / PRETRAINING_CONFIG).is_file()]
+    present = [n for n in _REPOSITORIES if (root / n / PRETRAINING_CONFIG).is_file()]
+    document = root / present[0] / PRETRAINING_CONFIG
+    config, values = load_run_config(str(document)), read_json(document)
+    missing = [name for name in config.networks if name not in present]
     if missing:
         raise UserError(
             f"{root / missing[0]} is missing: held-out figures need the discriminator and the "
             "generator of an export side by side; fine-tuning (--train, --test) needs one of them"
         )
-    tensors = {name: read_tensors(root / name) for name in _REPOSITORIES}
-    document = root / "discriminator" / PRETRAINING_CONFIG
-    config, values = load_run_config(str(document)), read_json(document)
     if "export" not in values:
         raise UserError(f"{document}: the block `export` is missing; export the run again")
-    generator, discriminator = networks_from_tensors(config, tensors)
+    tensors = {name: read_tensors(root / name) for name in config.networks}
     return PretrainedModel(
         root,
         config,
-        generator,
-        discriminator,
+        pair_from_tensors(config, tensors),
         step=values["export"]["step"],
         micro_batch_size=values["batch"]["train_micro_batch_size_per_gpu"],
         tokenizer_fingerprint=values["export"]["tokenizer_fingerprint"],
@@ -85,12 +83,10 @@ def _from_commit(model: Path) -> PretrainedModel:
     commit = find_commit(model)
     document = commit.path / "config.resolved.json"
     config = load_run_config(str(document))
-    generator, discriminator = load_commit_weights(commit, config)
     return PretrainedModel(
         commit.path,
         config,
-        generator,
-        discriminator,
+        load_commit_pair(commit, config),
         step=commit.step,
         micro_batch_size=read_json(document)["batch"]["train_micro_batch_size_per_gpu"],
         tokenizer_fingerprint=commit.read_json("train_state.json")["identity"][
@@ -117,20 +113,23 @@ def encoder_repository(model: Path, dataset: Path | None = None) -> Iterator[Pat
         dataset: For a run or commit, where its dataset is now.
 
     Yields:
-        The folder; of an export it is the discriminator's, unless the generator's was named.
+        The folder; of an export it is the discriminator's, where there is one, unless the
+        generator's was named.
 
     Raises:
         UserError: The path is none of these.
         CorruptError: A file is damaged.
     """
-    if (model / "discriminator" / "config.json").is_file():
-        yield model / "discriminator"
-    elif (model / "config.json").is_file():
+    for name in _REPOSITORIES:
+        if (model / name / "config.json").is_file():
+            yield model / name
+            return
+    if (model / "config.json").is_file():
         if not (model / "spm.model").is_file():
             raise UserError(f"{model / 'spm.model'} is missing: text cannot be tokenized without")
         yield model
-    else:
-        with tempfile.TemporaryDirectory(prefix="deberta-evaluate-") as folder:
-            output = Path(folder) / "export"
-            export_run(model, output, dataset=dataset)
-            yield output / "discriminator"
+        return
+    with tempfile.TemporaryDirectory(prefix="deberta-evaluate-") as folder:
+        output = Path(folder) / "export"
+        report = export_run(model, output, dataset=dataset)
+        yield output / next(name for name in _REPOSITORIES if name in report.parameters)

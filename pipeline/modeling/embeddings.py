@@ -1,14 +1,19 @@
 """Input embeddings of both networks, and the LayerNorm that every module uses.
 
-    generator      E_G[ids] -> LayerNorm -> padding mask -> dropout
-    discriminator  stop_gradient(E_G)[ids] + Delta[ids] -> the same (gradient-disentangled sharing,
-                   arXiv:2111.09543, section 3.2)
+    generator      E_G[ids]
+    discriminator  gdes  stop_gradient(E_G)[ids] + Delta[ids]
+                   es    E_G[ids]
+                   nes   a table of its own
+    both           -> projection where the table is narrow -> LayerNorm -> padding mask -> dropout
 
-No position enters here (position_biased_input is false): the encoder sees relative positions, and
-the generator's absolute ones enter in its decoder (`encoder.py`).
+In DeBERTaV3 no position enters here: the encoder sees relative ones, and the generator's absolute
+ones enter in its decoder (`encoder.py`). A `position_biased_input` (BERT, ELECTRA) adds absolute
+positions to the tokens' rows, shared between the networks by the same law.
 
-Letters: B sequences, L sequence length, K masked slots per sequence, D hidden size, V vocabulary.
+Letters: B sequences, L sequence length, E width of the tables, D hidden size, V vocabulary.
 """
+
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,6 +22,7 @@ from torch.nn import functional as F
 from pipeline.config import ModelSection, NetworkSection
 from pipeline.counter_rng import DropoutKey, DropoutSite, dropout
 
+EmbeddingSharing = Literal["gdes", "es", "nes"]
 PAD_ID = 0
 _EMBEDDINGS_LAYER = 1 << 16  # a dropout layer number that no encoder layer has
 
@@ -60,73 +66,87 @@ class DeltaEmbedding(nn.Module):
     """Delta of gradient-disentangled embedding sharing, under the released name `_weight`.
 
     Args:
-        vocab_size: Rows, V.
-        hidden_size: Width, D.
+        num_rows: Rows, V of the word table.
+        width: Width of a row, E.
+        padding_idx: Row whose lookups give no gradient.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, num_rows: int, width: int, padding_idx: int | None = None) -> None:
         super().__init__()
-        self._weight = nn.Parameter(torch.zeros(vocab_size, hidden_size))
+        self._weight = nn.Parameter(torch.zeros(num_rows, width))
+        self.padding_idx = padding_idx
 
-    def forward(self, input_ids_BL: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up rows.
 
         Args:
-            input_ids_BL: int64 [B, L].
+            ids: int64, of any shape.
 
         Returns:
-            [B, L, D]; the padding row gets no gradient, as in the released code.
+            [.., E]; the padding row gets no gradient, as in the released code.
         """
-        return F.embedding(input_ids_BL, self._weight, padding_idx=PAD_ID)
+        return F.embedding(ids, self._weight, padding_idx=self.padding_idx)
 
 
-class _NormalizedEmbeddings(nn.Module):
-    """What both networks do with their embeddings after the lookup."""
+class _Embeddings(nn.Module):
+    """What both networks do with the sum of their tables: project, normalize, mask, drop.
+
+    Args:
+        network: Sizes and dropout.
+    """
 
     def __init__(self, network: NetworkSection) -> None:
         super().__init__()
+        width = network.word_embedding_size
+        self.embed_proj = None
+        if width != network.hidden_size:
+            self.embed_proj = nn.Linear(width, network.hidden_size, bias=False)
         self.LayerNorm = LayerNorm(network.hidden_size, network.layer_norm_eps)
         self.dropout_prob = network.hidden_dropout_prob
 
     def normalize(
         self,
-        embeddings_BLD: torch.Tensor,
+        embeddings_BLE: torch.Tensor,
         attention_mask_BL: torch.Tensor | None,
         dropout_key: DropoutKey | None,
     ) -> torch.Tensor:
-        """Normalize, mask and drop, then round to the dtype of the weights.
+        """Project where the tables are narrow, normalize, mask and drop, then round.
 
         Args:
-            embeddings_BLD: [B, L, D], fp32 where two tables were added.
+            embeddings_BLE: [B, L, E], fp32 where tables of two networks were added.
             attention_mask_BL: bool [B, L], False at padding; None where there is none.
             dropout_key: Dropout of this micro step; None outside training.
 
         Returns:
-            [B, L, D] in the compute dtype.
+            [B, L, D] in the dtype of the weights.
         """
-        hidden_BLD = self.LayerNorm(embeddings_BLD)
+        dtype = self.LayerNorm.weight.dtype
+        if self.embed_proj is not None:
+            embeddings_BLE = self.embed_proj(embeddings_BLE.to(dtype))
+        hidden_BLD = self.LayerNorm(embeddings_BLE)
         if attention_mask_BL is not None:
             hidden_BLD = hidden_BLD * attention_mask_BL[:, :, None].to(hidden_BLD.dtype)
         site = dropout_site(dropout_key, _EMBEDDINGS_LAYER, 0)
-        return dropout(hidden_BLD, self.dropout_prob, site).to(self.LayerNorm.weight.dtype)
+        return dropout(hidden_BLD, self.dropout_prob, site).to(dtype)
 
 
-class GeneratorEmbeddings(_NormalizedEmbeddings):
-    """E_G, its LayerNorm, and the absolute positions that only the decoder reads.
+class GeneratorEmbeddings(_Embeddings):
+    """E_G, and absolute positions for the input or for the enhanced mask decoder.
 
     Args:
         network: The generator's section.
         model: Vocabulary size.
+        has_decoder: Whether the enhanced mask decoder reads positions.
     """
 
-    def __init__(self, network: NetworkSection, model: ModelSection) -> None:
+    def __init__(self, network: NetworkSection, model: ModelSection, has_decoder: bool) -> None:
         super().__init__(network)
-        self.word_embeddings = nn.Embedding(
-            model.vocab_size, network.hidden_size, padding_idx=PAD_ID
-        )
-        self.position_embeddings = nn.Embedding(
-            network.max_position_embeddings, network.hidden_size
-        )
+        width = network.word_embedding_size
+        self.word_embeddings = nn.Embedding(model.vocab_size, width, padding_idx=PAD_ID)
+        self.position_embeddings = None
+        if has_decoder or network.position_biased_input:
+            self.position_embeddings = nn.Embedding(network.max_position_embeddings, width)
+        self.position_biased_input = network.position_biased_input
 
     def forward(
         self,
@@ -144,41 +164,98 @@ class GeneratorEmbeddings(_NormalizedEmbeddings):
         Returns:
             [B, L, D].
         """
-        embeddings_BLD = self.word_embeddings(input_ids_BL)
-        return self.normalize(embeddings_BLD, attention_mask_BL, dropout_key)
+        rows_BLE = self.rows(input_ids_BL, with_positions=self.position_biased_input)
+        return self.normalize(rows_BLE, attention_mask_BL, dropout_key)
+
+    def rows(self, input_ids_BL: torch.Tensor, with_positions: bool) -> torch.Tensor:
+        """Look up E_G, and add the positions' rows where they belong to the input.
+
+        Args:
+            input_ids_BL: int64 [B, L].
+            with_positions: Whether whoever reads the rows is position biased.
+
+        Returns:
+            [B, L, E] in the dtype of the table; a sum in fp32 at least.
+        """
+        rows_BLE = self.word_embeddings(input_ids_BL)
+        if with_positions:
+            assert self.position_embeddings is not None, "positions that the generator lacks"
+            rows_BLE = _wide_sum(rows_BLE, self.position_embeddings(_positions(input_ids_BL)))
+        return rows_BLE
 
 
-class DiscriminatorEmbeddings(_NormalizedEmbeddings):
-    """Delta and its own LayerNorm on top of the generator's table.
+class DiscriminatorEmbeddings(_Embeddings):
+    """E_D by the law of `objective.embedding_sharing` (arXiv:2111.09543, section 3.3).
+
+    gdes: stop_gradient(E_G) + Delta; es: E_G; nes: a table of its own. Positions, where the input
+    has them, follow the same law.
 
     Args:
         network: The discriminator's section.
         model: Vocabulary size.
+        sharing: "gdes", "es" or "nes".
     """
 
-    def __init__(self, network: NetworkSection, model: ModelSection) -> None:
+    def __init__(
+        self, network: NetworkSection, model: ModelSection, sharing: EmbeddingSharing
+    ) -> None:
         super().__init__(network)
-        self.word_embeddings = DeltaEmbedding(model.vocab_size, network.hidden_size)
+        self.sharing = sharing
+        self.position_biased_input = network.position_biased_input
+        width, positions = network.word_embedding_size, network.max_position_embeddings
+        self.word_embeddings = self.position_embeddings = None
+        if sharing == "gdes":
+            self.word_embeddings = DeltaEmbedding(model.vocab_size, width, PAD_ID)
+            if network.position_biased_input:
+                self.position_embeddings = DeltaEmbedding(positions, width)
+        elif sharing == "nes":
+            self.word_embeddings = nn.Embedding(model.vocab_size, width, padding_idx=PAD_ID)
+            if network.position_biased_input:
+                self.position_embeddings = nn.Embedding(positions, width)
 
     def forward(
         self,
         input_ids_BL: torch.Tensor,
-        base_BLD: torch.Tensor,
+        base_BLE: torch.Tensor | None,
         attention_mask_BL: torch.Tensor | None,
         dropout_key: DropoutKey | None,
     ) -> torch.Tensor:
-        """Embed tokens as stop_gradient(E_G) + Delta (arXiv:2111.09543, section 3.2).
+        """Embed tokens.
 
         Args:
             input_ids_BL: int64 [B, L].
-            base_BLD: fp32 [B, L, D], rows of E_G.
+            base_BLE: fp32 [B, L, E], rows of E_G (`Generator.token_embeddings`); None for nes.
             attention_mask_BL: bool [B, L], False at padding; None where there is none.
             dropout_key: Dropout of this micro step; None outside training.
 
         Returns:
             [B, L, D].
         """
-        # In fp32: Delta starts at zero, and its first steps would vanish beside E_G in bf16.
-        wide = torch.promote_types(base_BLD.dtype, torch.float32)
-        embeddings_BLD = base_BLD.detach().to(wide) + self.word_embeddings(input_ids_BL).to(wide)
-        return self.normalize(embeddings_BLD, attention_mask_BL, dropout_key)
+        own_BLE = self._own_rows(input_ids_BL)
+        if own_BLE is None:
+            assert base_BLE is not None, "es without rows of E_G"
+            return self.normalize(base_BLE, attention_mask_BL, dropout_key)
+        if self.sharing == "gdes":
+            assert base_BLE is not None, "gdes without rows of E_G"
+            # In fp32: Delta starts at zero, and its first steps would vanish beside E_G in bf16.
+            own_BLE = _wide_sum(base_BLE.detach(), own_BLE)
+        return self.normalize(own_BLE, attention_mask_BL, dropout_key)
+
+    def _own_rows(self, input_ids_BL: torch.Tensor) -> torch.Tensor | None:
+        if self.word_embeddings is None:
+            return None
+        rows_BLE = self.word_embeddings(input_ids_BL)
+        if self.position_embeddings is not None:
+            rows_BLE = _wide_sum(rows_BLE, self.position_embeddings(_positions(input_ids_BL)))
+        return rows_BLE
+
+
+def _wide_sum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Add in fp32, or in fp64 where one side is fp64."""
+    wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    return left.to(wide) + right.to(wide)
+
+
+def _positions(input_ids_BL: torch.Tensor) -> torch.Tensor:
+    """Positions of a sequence: int64 [L]."""
+    return torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)

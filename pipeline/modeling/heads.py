@@ -1,12 +1,16 @@
-"""The two heads. They differ in order: MLM is dense -> GELU -> LayerNorm, RTD is the reverse.
+"""The heads. They differ in order: MLM is dense -> GELU -> LayerNorm, RTD is the reverse.
 
     generator      lm_predictions.lm_head    dense -> GELU -> LayerNorm -> tied word table + bias
     discriminator  mask_predictions          LayerNorm(h_CLS + h_i) -> dense -> GELU -> one logit
+                   mask_predictions          dense -> GELU -> one logit (rtd_head = "electra")
 
 Parameter names are those of the released checkpoints.
 
-Letters: B sequences, L sequence length, K masked slots per sequence, D hidden size, V vocabulary.
+Letters: B sequences, L sequence length, K masked slots per sequence, D hidden size, E width of the
+word table, V vocabulary.
 """
+
+from typing import Literal
 
 import torch
 from torch import nn
@@ -28,8 +32,9 @@ class MlmHead(nn.Module):
 
     def __init__(self, network: NetworkSection, model: ModelSection) -> None:
         super().__init__()
-        self.dense = nn.Linear(network.hidden_size, network.hidden_size)
-        self.LayerNorm = LayerNorm(network.hidden_size, network.layer_norm_eps)
+        width = network.word_embedding_size
+        self.dense = nn.Linear(network.hidden_size, width)
+        self.LayerNorm = LayerNorm(width, network.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(model.vocab_size))
 
     def forward(
@@ -39,7 +44,7 @@ class MlmHead(nn.Module):
         valid_BK: torch.Tensor,
         targets_BK: torch.Tensor,
         positions_BK: torch.Tensor,
-        draw: DrawKey,
+        draw: DrawKey | None,
     ) -> MlmOutput:
         """Predict the masked slots.
 
@@ -50,14 +55,14 @@ class MlmHead(nn.Module):
             valid_BK: bool [B, K], False for slots that a short sequence does not have.
             targets_BK: int64 [B, K].
             positions_BK: int64 [B, K].
-            draw: What the draws depend on.
+            draw: What the draws depend on; None draws nothing.
 
         Returns:
             Loss sum, draws and correct predictions.
         """
-        transformed_BKD = self.LayerNorm(F.gelu(self.dense(hidden_BKD)))
+        transformed_BKE = self.LayerNorm(F.gelu(self.dense(hidden_BKD)))
         return vocabulary_head(
-            transformed_BKD,
+            transformed_BKE,
             word_embeddings.weight,
             self.bias,
             valid_BK,
@@ -85,16 +90,19 @@ class RtdHead(nn.Module):
 
     Args:
         network: Sizes.
+        kind: "debertav3", or "electra" without the [CLS] state and the LayerNorm.
     """
 
-    def __init__(self, network: NetworkSection) -> None:
+    def __init__(self, network: NetworkSection, kind: Literal["debertav3", "electra"]) -> None:
         super().__init__()
-        self.LayerNorm = LayerNorm(network.hidden_size, network.layer_norm_eps)
+        self.LayerNorm = None
+        if kind == "debertav3":
+            self.LayerNorm = LayerNorm(network.hidden_size, network.layer_norm_eps)
         self.dense = nn.Linear(network.hidden_size, network.hidden_size)
         self.classifier = nn.Linear(network.hidden_size, 1)
 
     def forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
-        """Score every token: w . GELU(W LayerNorm(h_CLS + h_i) + b) + c.
+        """Score every token: w . GELU(W x_i + b) + c, with x_i = LayerNorm(h_CLS + h_i) or h_i.
 
         Args:
             hidden_BLD: Encoder output; row 0 is [CLS].
@@ -103,8 +111,9 @@ class RtdHead(nn.Module):
             fp32 [B, L] logits of "replaced" (fp64 in an fp64 model).
 
         Source:
-            `replaced_token_detection_model.py` of the release.
+            `replaced_token_detection_model.py` of the release; ELECTRA's `run_pretraining.py`.
         """
-        normalized_BLD = self.LayerNorm(hidden_BLD[:, :1] + hidden_BLD)
-        logits_BL = self.classifier(F.gelu(self.dense(normalized_BLD))).squeeze(-1)
+        if self.LayerNorm is not None:
+            hidden_BLD = self.LayerNorm(hidden_BLD[:, :1] + hidden_BLD)
+        logits_BL = self.classifier(F.gelu(self.dense(hidden_BLD))).squeeze(-1)
         return logits_BL.to(torch.promote_types(logits_BL.dtype, torch.float32))

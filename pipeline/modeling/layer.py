@@ -12,7 +12,7 @@ R relative rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from pipeline.modeling.attention import KeySide, disentangled_attention
 from pipeline.modeling.embeddings import LayerNorm, dropout_site
 from pipeline.modeling.relative_positions import RelativePositions
 
-# Dropout sites of a layer.
+# Dropout sites of a layer; `convolution.py` has the next one of layer 0.
 _ATTENTION_PROBS, _ATTENTION_OUTPUT, _FEED_FORWARD_OUTPUT, _RELATIVE_TABLE = range(4)
 
 
@@ -34,8 +34,9 @@ _ATTENTION_PROBS, _ATTENTION_OUTPUT, _FEED_FORWARD_OUTPUT, _RELATIVE_TABLE = ran
 class LayerContext:
     """What every layer of one forward pass shares."""
 
-    relative: RelativePositions
-    relative_table_RD: torch.Tensor
+    relative: RelativePositions | None
+    """None, like the table, without relative attention."""
+    relative_table_RD: torch.Tensor | None
     """The relative table after its LayerNorm."""
     attention_mask_BL: torch.Tensor | None
     dropout_key: DropoutKey | None
@@ -93,11 +94,29 @@ class DisentangledSelfAttention(nn.Module):
         Returns:
             The key side.
         """
-        site = dropout_site(context.dropout_key, layer, _RELATIVE_TABLE)
-        table_1RD = dropout(context.relative_table_RD, self.table_dropout, site)[None]
-        return KeySide(
+        keys = KeySide(
             key_HBLd=self._split_heads(self.key_proj(hidden_BLD)),
             value_HBLd=self._split_heads(self.value_proj(hidden_BLD)),
+        )
+        return self.with_relative_table(keys, context, layer)
+
+    def with_relative_table(self, keys: KeySide, context: LayerContext, layer: int) -> KeySide:
+        """Project the relative table, with the dropout mask of one application of the layer.
+
+        Args:
+            keys: Keys and values.
+            context: What the layers share.
+            layer: Layer number of the dropout site.
+
+        Returns:
+            The key side; `keys` themselves without relative attention.
+        """
+        if context.relative_table_RD is None:
+            return keys
+        site = dropout_site(context.dropout_key, layer, _RELATIVE_TABLE)
+        table_1RD = dropout(context.relative_table_RD, self.table_dropout, site)[None]
+        return replace(
+            keys,
             rel_key_HRd=self._split_heads(self.key_proj(table_1RD))[:, 0],
             rel_query_HRd=self._split_heads(self.query_proj(table_1RD))[:, 0],
         )

@@ -1,13 +1,16 @@
 """Generator and Discriminator: the two networks of replaced token detection.
 
-    Generator      masked ids -> embeddings -> encoder -> decoder at the slots -> loss and draws
+    Generator      masked ids -> embeddings -> encoder -> decoder at the slots -> loss and draws;
+                   alone, it is a masked language model
     Discriminator  corrupted ids and rows of E_G -> embeddings -> encoder -> loss on every token
 
-Both compute sums of losses; who trains them divides by global counts. Nothing here knows of
-devices, precision or ranks: a module works in the dtype of its weights, with sums, logits and
-losses in fp32 (fp64 in an fp64 module), and its dropout is a function of an explicit key.
+`pipeline.modeling.pair` puts them together. Both compute sums of losses; who trains them divides by
+global counts. Nothing here knows of devices, precision or ranks: a module works in the dtype of its
+weights, with sums, logits and losses in fp32 (fp64 in an fp64 module), and its dropout is a
+function of an explicit key.
 
-Letters: B sequences, L sequence length, K masked slots per sequence, D hidden size, V vocabulary.
+Letters: B sequences, L sequence length, K masked slots per sequence, E width of the word table,
+D hidden size.
 """
 
 from typing import Generic, NamedTuple, TypeVar
@@ -16,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.config import ModelSection, NetworkSection
+from pipeline.config import ModelSection, NetworkSection, ObjectiveSection
 from pipeline.counter_rng import DropoutKey, stream_key
 from pipeline.modeling.embeddings import (
     DeltaEmbedding,
@@ -55,24 +58,24 @@ class Backbone(nn.Module, Generic[EmbeddingsT]):
 
 
 class Generator(nn.Module):
-    """Masked language model with the enhanced mask decoder and a tied, chunked softmax.
+    """Masked language model with a tied, chunked softmax and, on request, the mask decoder.
 
     Args:
         network: [generator].
         model: [model].
-
-    Raises:
-        ValueError: Fewer than two layers: the decoder is the last layer on top of the others.
+        objective: Whether the enhanced mask decoder is used.
     """
 
     name = "generator"
 
-    def __init__(self, network: NetworkSection, model: ModelSection) -> None:
+    def __init__(
+        self, network: NetworkSection, model: ModelSection, objective: ObjectiveSection
+    ) -> None:
         super().__init__()
-        if network.num_hidden_layers < 2:
-            raise ValueError("generator.num_hidden_layers must be at least 2")
         self.initializer_range = network.initializer_range
-        self.deberta = Backbone(GeneratorEmbeddings(network, model), Encoder(network, model))
+        self.enhanced_mask_decoder = objective.enhanced_mask_decoder
+        embeddings = GeneratorEmbeddings(network, model, objective.enhanced_mask_decoder)
+        self.deberta = Backbone(embeddings, Encoder(network, model))
         self.lm_predictions = MlmPredictions(network, model)
 
     def forward(
@@ -82,7 +85,7 @@ class Generator(nn.Module):
         positions_BK: torch.Tensor,
         valid_BK: torch.Tensor,
         targets_BK: torch.Tensor,
-        draw: DrawKey,
+        draw: DrawKey | None,
         dropout: DropoutKey | None,
     ) -> MlmOutput:
         """Predict the masked slots and draw replacements for them.
@@ -93,7 +96,7 @@ class Generator(nn.Module):
             positions_BK: int64 [B, K], the slots; distinct within a sequence where valid.
             valid_BK: bool [B, K], False for slots that a short sequence does not have.
             targets_BK: int64 [B, K], the original tokens.
-            draw: What the draws depend on.
+            draw: What the draws depend on; None draws nothing.
             dropout: Dropout of this micro step; None outside training.
 
         Returns:
@@ -102,7 +105,10 @@ class Generator(nn.Module):
         """
         embeddings, encoder = self.deberta.embeddings, self.deberta.encoder
         hidden_BLD = embeddings(input_ids_BL, attention_mask_BL, dropout)
-        position_rows_BKD = embeddings.position_embeddings(positions_BK)
+        position_rows_BKD = None
+        if self.enhanced_mask_decoder:
+            assert embeddings.position_embeddings is not None, "a decoder without positions"
+            position_rows_BKD = embeddings.position_embeddings(positions_BK)
         decoded_BKD = encoder.decode(
             hidden_BLD, attention_mask_BL, dropout, positions_BK, position_rows_BKD
         )
@@ -110,18 +116,18 @@ class Generator(nn.Module):
             decoded_BKD, embeddings.word_embeddings, valid_BK, targets_BK, positions_BK, draw
         )
 
-    def token_embeddings(self, ids_BL: torch.Tensor) -> torch.Tensor:
-        """Look up raw rows of E_G for the discriminator, without a gradient.
+    def token_embeddings(self, ids_BL: torch.Tensor, with_positions: bool = False) -> torch.Tensor:
+        """Look up raw rows of E_G for the discriminator, with their gradient.
 
         Args:
             ids_BL: int64 [B, L].
+            with_positions: Add the absolute positions, for a discriminator that is biased by them.
 
         Returns:
-            fp32 [B, L, D] (fp64 from an fp64 module), detached.
+            fp32 [B, L, E] (fp64 from an fp64 module).
         """
-        with torch.no_grad():
-            rows_BLD = self.deberta.embeddings.word_embeddings(ids_BL)
-        return rows_BLD.to(torch.promote_types(rows_BLD.dtype, torch.float32))
+        rows_BLE = self.deberta.embeddings.rows(ids_BL, with_positions)
+        return rows_BLE.to(torch.promote_types(rows_BLE.dtype, torch.float32))
 
     def encode(
         self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor | None
@@ -140,25 +146,29 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Replaced token detection on gradient-disentangled embeddings.
+    """Replaced token detection on embeddings that may be shared with the generator.
 
     Args:
         network: [discriminator].
         model: [model].
+        objective: How embeddings are shared, and the head.
     """
 
     name = "discriminator"
 
-    def __init__(self, network: NetworkSection, model: ModelSection) -> None:
+    def __init__(
+        self, network: NetworkSection, model: ModelSection, objective: ObjectiveSection
+    ) -> None:
         super().__init__()
         self.initializer_range = network.initializer_range
-        self.deberta = Backbone(DiscriminatorEmbeddings(network, model), Encoder(network, model))
-        self.mask_predictions = RtdHead(network)
+        embeddings = DiscriminatorEmbeddings(network, model, objective.embedding_sharing)
+        self.deberta = Backbone(embeddings, Encoder(network, model))
+        self.mask_predictions = RtdHead(network, objective.rtd_head)
 
     def forward(
         self,
         input_ids_BL: torch.Tensor,
-        base_BLD: torch.Tensor,
+        base_BLE: torch.Tensor | None,
         attention_mask_BL: torch.Tensor | None,
         labels_BL: torch.Tensor,
         dropout: DropoutKey | None,
@@ -167,7 +177,7 @@ class Discriminator(nn.Module):
 
         Args:
             input_ids_BL: int64 [B, L], the corrupted tokens.
-            base_BLD: fp32 [B, L, D], `Generator.token_embeddings` of the same ids.
+            base_BLE: fp32 [B, L, E], `Generator.token_embeddings` of the same ids; None for nes.
             attention_mask_BL: bool [B, L], False at padding; None where there is none.
             labels_BL: [B, L], 1 where the token was replaced.
             dropout: Dropout of this micro step; None outside training.
@@ -176,7 +186,7 @@ class Discriminator(nn.Module):
             Loss sum over all tokens but padding ([CLS] and [SEP] included), and logits.
         """
         logits_BL = self.mask_predictions(
-            self.encode(input_ids_BL, base_BLD, attention_mask_BL, dropout)
+            self.encode(input_ids_BL, base_BLE, attention_mask_BL, dropout)
         )
         losses_BL = F.binary_cross_entropy_with_logits(
             logits_BL, labels_BL.to(logits_BL.dtype), reduction="none"
@@ -188,7 +198,7 @@ class Discriminator(nn.Module):
     def encode(
         self,
         input_ids_BL: torch.Tensor,
-        base_BLD: torch.Tensor,
+        base_BLE: torch.Tensor | None,
         attention_mask_BL: torch.Tensor | None,
         dropout: DropoutKey | None = None,
     ) -> torch.Tensor:
@@ -196,14 +206,14 @@ class Discriminator(nn.Module):
 
         Args:
             input_ids_BL: int64 [B, L].
-            base_BLD: fp32 [B, L, D], `Generator.token_embeddings` of the same ids.
+            base_BLE: fp32 [B, L, E], `Generator.token_embeddings` of the same ids; None for nes.
             attention_mask_BL: bool [B, L], False at padding; None where there is none.
             dropout: Dropout of this micro step; None outside training.
 
         Returns:
             [B, L, D].
         """
-        hidden_BLD = self.deberta.embeddings(input_ids_BL, base_BLD, attention_mask_BL, dropout)
+        hidden_BLD = self.deberta.embeddings(input_ids_BL, base_BLE, attention_mask_BL, dropout)
         return self.deberta.encoder(hidden_BLD, attention_mask_BL, dropout)
 
 
@@ -211,8 +221,9 @@ def init_weights(module: Generator | Discriminator, seed: int) -> None:
     """Fill the weights as a function of (seed, network, parameter name) alone.
 
     Every Linear and Embedding weight is N(0, initializer_range), the row of [PAD] included; biases
-    are 0, LayerNorm weights 1, Delta 0. Drawn in fp32 on the host and rounded to the module's
-    dtype, so that neither the device nor the order of construction matters.
+    are 0, LayerNorm weights 1, Delta 0; a convolution keeps torch's own law, as in the release.
+    Drawn in fp32 on the host and rounded to the module's dtype, so that neither the device nor the
+    order of construction matters.
 
     Args:
         module: Network with full (not partitioned) parameters.
@@ -225,10 +236,13 @@ def init_weights(module: Generator | Discriminator, seed: int) -> None:
         for name, parameter in child.named_parameters(recurse=False):
             full_name = f"{path}.{name}".lstrip(".")
             if isinstance(child, nn.Linear | nn.Embedding) and name == "weight":
-                words = stream_key(seed, f"init/{module.name}/{full_name}")
-                generator = torch.Generator().manual_seed(words[0] | (words[1] & 0x7FFFFFFF) << 32)
                 values = torch.empty(parameter.shape)
+                generator = _random(module, seed, full_name)
                 values.normal_(0.0, module.initializer_range, generator=generator)
+            elif isinstance(child, nn.Conv1d):
+                bound = (child.in_channels * child.kernel_size[0]) ** -0.5
+                values = torch.empty(parameter.shape)
+                values.uniform_(-bound, bound, generator=_random(module, seed, full_name))
             elif isinstance(child, nn.LayerNorm) and name == "weight":
                 values = torch.ones(parameter.shape)
             elif isinstance(child, DeltaEmbedding) or name == "bias":
@@ -237,3 +251,9 @@ def init_weights(module: Generator | Discriminator, seed: int) -> None:
                 raise TypeError(f"no initialization rule for {full_name}")
             with torch.no_grad():
                 parameter.copy_(values)
+
+
+def _random(module: Generator | Discriminator, seed: int, full_name: str) -> torch.Generator:
+    """Seed torch's generator for one parameter."""
+    words = stream_key(seed, f"init/{module.name}/{full_name}")
+    return torch.Generator().manual_seed(words[0] | (words[1] & 0x7FFFFFFF) << 32)

@@ -1,20 +1,30 @@
 """Relative positions: from the distance of two tokens to a row of the relative table.
 
 Distances up to a quarter of the table have a row each; farther ones share rows in logarithmic
-buckets. A distance beyond `max_position_embeddings - 1` counts as that distance, as in the released
-code (transformers does not clamp, and reads a row that is never trained).
+buckets, which end at `max_relative_positions - 1`. Beyond that there are two rules:
+
+    clamp          a farther distance counts as the last one, as in the released code; no pair
+                   reads row 0
+    transformers   the logarithm goes on and the row is clamped to the table; every key that is
+                   farther ahead reads row 0, which shorter sequences never train
 
 Letters: B sequences, L sequence length, Q query rows, E = 2 L distances.
 """
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
+RelativePositionRule = Literal["clamp", "transformers"]
+
 
 def relative_bucket(
-    distance: torch.Tensor, position_buckets: int, max_position: int
+    distance: torch.Tensor,
+    position_buckets: int,
+    max_position: int,
+    rule: RelativePositionRule = "clamp",
 ) -> torch.Tensor:
     """Bucket signed distances: exact up to half of `position_buckets`, then logarithmic.
 
@@ -24,16 +34,21 @@ def relative_bucket(
     Args:
         distance: int64 tensor, position of the query minus position of the key.
         position_buckets: Buckets of one sign, 256 in every released model.
-        max_position: Distances are clamped to +-(max_position - 1).
+        max_position: The last distance with a bucket of its own, plus one.
+        rule: What happens to farther distances.
 
     Returns:
-        int64 CPU tensor of the same shape, within (-position_buckets, position_buckets).
+        int64 CPU tensor of the same shape; within (-position_buckets, position_buckets) where the
+        rule is "clamp".
 
     Source:
-        `make_log_bucket_position` in the released code (`da_utils.py`).
+        `make_log_bucket_position` in the released code (`da_utils.py`); its version 0.1.12 has the
+        rule of transformers.
     """
     middle = position_buckets // 2
-    distance = distance.cpu().clamp(1 - max_position, max_position - 1)
+    distance = distance.cpu()
+    if rule == "clamp":
+        distance = distance.clamp(1 - max_position, max_position - 1)
     magnitude = distance.abs()
     if max_position - 1 <= middle:
         return distance
@@ -81,15 +96,20 @@ class RelativePositions:
 
 @functools.lru_cache(maxsize=32)
 def relative_positions(
-    length: int, position_buckets: int, max_position: int, device: torch.device
+    length: int,
+    position_buckets: int,
+    max_position: int,
+    device: torch.device,
+    rule: RelativePositionRule = "clamp",
 ) -> RelativePositions:
     """Build the geometry of a sequence length, once for each device.
 
     Args:
         length: Tokens in a sequence, L.
         position_buckets: Buckets of one sign; the table has twice as many rows.
-        max_position: Distances are clamped to +-(max_position - 1).
+        max_position: The last distance with a bucket of its own, plus one.
         device: Where the scores are computed.
+        rule: What happens to farther distances.
 
     Returns:
         The geometry with every position as a query.
@@ -99,7 +119,7 @@ def relative_positions(
         distance_E = torch.arange(2 * length) - (length - 1)
         last_row = 2 * position_buckets - 1
         ascending_E, descending_E = (
-            (relative_bucket(d, position_buckets, max_position) + position_buckets)
+            (relative_bucket(d, position_buckets, max_position, rule) + position_buckets)
             .clamp(0, last_row)
             .to(device)
             for d in (distance_E, -distance_E)

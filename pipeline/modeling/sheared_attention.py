@@ -105,12 +105,14 @@ def _table_gradient(band_HBNE: torch.Tensor, rows_HBNd: torch.Tensor) -> torch.T
 def _scores(
     query_HBQd: torch.Tensor,
     key_HBLd: torch.Tensor,
-    rel_key_HEd: torch.Tensor,
-    rel_query_HEd: torch.Tensor,
+    rel_key_HEd: torch.Tensor | None,
+    rel_query_HEd: torch.Tensor | None,
     positions_BQ: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Sum the three terms of the scores: [H, B, Q, L]."""
+    """Sum the three terms of the scores, or the one that needs no table: [H, B, Q, L]."""
     scores_HBQL = query_HBQd @ key_HBLd.mT
+    if rel_key_HEd is None or rel_query_HEd is None:
+        return scores_HBQL
     query_band = _with_table(query_HBQd, rel_key_HEd.mT)
     key_scores_HBLL = shear(_with_table(key_HBLd, rel_query_HEd.mT)).mT
     if positions_BQ is None:
@@ -129,8 +131,8 @@ class ShearedAttention(torch.autograd.Function):
         query_HBQd: torch.Tensor,
         key_HBLd: torch.Tensor,
         value_HBLd: torch.Tensor,
-        rel_key_HEd: torch.Tensor,
-        rel_query_HEd: torch.Tensor,
+        rel_key_HEd: torch.Tensor | None,
+        rel_query_HEd: torch.Tensor | None,
         positions_BQ: torch.Tensor | None,
         attention_mask_BL: torch.Tensor | None,
         keep_HBQL: torch.Tensor | None,
@@ -140,10 +142,11 @@ class ShearedAttention(torch.autograd.Function):
 
         Args:
             ctx: autograd's context.
-            query_HBQd: Contiguous queries, divided by sqrt(3 d).
+            query_HBQd: Contiguous queries, divided by sqrt(3 d), or sqrt(d) without tables.
             key_HBLd: Contiguous keys.
             value_HBLd: Values.
-            rel_key_HEd: Key projection of the table by key position - query position.
+            rel_key_HEd: Key projection of the table by key position - query position; None, like
+                the next, where there is no relative table.
             rel_query_HEd: Query projection, divided by sqrt(3 d), by query - key position.
             positions_BQ: int64 positions of the queries; None for all positions in order.
             attention_mask_BL: bool, False at padding keys; None for no padding.
@@ -192,6 +195,8 @@ class ShearedAttention(torch.autograd.Function):
         d_scores = torch.ops.aten._softmax_backward_data(d_probs, probs, -1, probs.dtype)
         del d_probs, dropped
         d_query, d_key = d_scores @ key, d_scores.mT @ query
+        if rel_key is None:
+            return d_query, d_key, d_value, None, None, None, None, None, None
         if positions_BQ is None:
             query_band, key_scores = unshear(d_scores), d_scores.mT
         else:

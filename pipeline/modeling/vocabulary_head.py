@@ -25,8 +25,8 @@ class MlmOutput(NamedTuple):
 
     loss_sum: torch.Tensor
     """Scalar, fp32 (fp64 in an fp64 model): sum of cross entropies over valid slots, in nats."""
-    drawn_BK: torch.Tensor
-    """int64 [B, K]: one draw from softmax(logits / temperature) for each slot."""
+    drawn_BK: torch.Tensor | None
+    """int64 [B, K]: one draw from softmax(logits / temperature) for each slot; None without any."""
     correct_sum: torch.Tensor
     """Scalar, fp32: valid slots whose most probable id is the target."""
 
@@ -57,16 +57,41 @@ def _chunks(
 class _Best:
     """Running argmax over chunks; ties go to the lowest id."""
 
-    def __init__(self, like_N: torch.Tensor) -> None:
+    def __init__(self, like_N: torch.Tensor, first_id: int = 0) -> None:
         self.value_N = torch.full_like(like_N, -torch.inf)
         # A row of NaN never wins; it keeps an id that is safe to look up.
-        self.id_N = torch.zeros_like(like_N, dtype=torch.int64)
+        self.id_N = torch.full_like(like_N, first_id, dtype=torch.int64)
 
     def update(self, first: int, scores_NC: torch.Tensor) -> None:
         value_N, offset_N = scores_NC.max(dim=1)
         wins_N = value_N > self.value_N
         self.value_N = torch.where(wins_N, value_N, self.value_N)
         self.id_N = torch.where(wins_N, offset_N + first, self.id_N)
+
+
+class _Draws:
+    """Running Gumbel-argmax over chunks, among the allowed ids."""
+
+    def __init__(
+        self, like_N: torch.Tensor, draw: DrawKey, positions_BK: torch.Tensor, num_ids: int
+    ) -> None:
+        self._draw, self._positions_BK = draw, positions_BK
+        self._allowed = range(num_ids) if draw.allowed_ids is None else draw.allowed_ids
+        self._best = _Best(like_N, self._allowed.start)
+
+    def update(self, first: int, logits_NC: torch.Tensor) -> None:
+        """Take a chunk into account; its logits are overwritten."""
+        draw, size = self._draw, logits_NC.shape[1]
+        here = slice(max(self._allowed.start - first, 0), min(self._allowed.stop - first, size))
+        if here.start >= here.stop:
+            return
+        noise_BKC = gumbel_noise(draw.sample_words_B2, self._positions_BK, first, size, draw.key)
+        scores_NC = logits_NC.div_(draw.temperature).add_(noise_BKC.flatten(0, 1))
+        self._best.update(first + here.start, scores_NC[:, here])
+
+    def ids_BK(self) -> torch.Tensor:
+        """Return the draws, int64 [B, K]."""
+        return self._best.id_N.view(self._positions_BK.shape)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -81,15 +106,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         valid_BK: torch.Tensor,
         targets_BK: torch.Tensor,
         positions_BK: torch.Tensor,
-        draw: DrawKey,
+        draw: DrawKey | None,
         chunk_ids: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         valid_N, targets_N = valid_BK.flatten(), targets_BK.flatten()
         zero_N = hidden_ND.new_zeros(hidden_ND.shape[0], dtype=_wide(hidden_ND.dtype))
         # The sum of exponentials is kept relative to the running maximum, not as its logarithm:
         # a logarithm of 10 would carry a rounding of 1e-6 into every gradient.
         max_N, sum_N, target_logit_N = torch.full_like(zero_N, -torch.inf), zero_N, zero_N
-        best, drawn = _Best(zero_N), _Best(zero_N)
+        best = _Best(zero_N)
+        draws = None if draw is None else _Draws(zero_N, draw, positions_BK, len(table_VD))
         for first, logits_NC in _chunks(hidden_ND, table_VD, bias_V, chunk_ids):
             size = logits_NC.shape[1]
             old_max_N, max_N = max_N, torch.maximum(max_N, logits_NC.amax(dim=1))
@@ -100,14 +126,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             here_N = logits_NC.gather(1, offset_N.clamp(0, size - 1)[:, None])[:, 0]
             target_logit_N = torch.where(is_here_N, here_N, target_logit_N)
             best.update(first, logits_NC)
-            noise_BKC = gumbel_noise(draw.sample_words_B2, positions_BK, first, size, draw.key)
-            drawn.update(first, logits_NC.div_(draw.temperature).add_(noise_BKC.flatten(0, 1)))
+            if draws is not None:
+                draws.update(first, logits_NC)
         ctx.chunk_ids = chunk_ids
         ctx.save_for_backward(hidden_ND, table_VD, bias_V, valid_N, targets_N, max_N, sum_N)
         loss_sum = torch.where(valid_N, sum_N.log() + (max_N - target_logit_N), 0.0).sum()
         correct_sum = (valid_N & (best.id_N == targets_N)).sum().float()
-        drawn_BK = drawn.id_N.view(valid_BK.shape)
-        ctx.mark_non_differentiable(drawn_BK, correct_sum)
+        drawn_BK = None if draws is None else draws.ids_BK()
+        ctx.mark_non_differentiable(*(each for each in (drawn_BK, correct_sum) if each is not None))
         return loss_sum, drawn_BK, correct_sum
 
     @staticmethod
@@ -140,13 +166,14 @@ def vocabulary_head(
     valid_BK: torch.Tensor,
     targets_BK: torch.Tensor,
     positions_BK: torch.Tensor,
-    draw: DrawKey,
+    draw: DrawKey | None,
     chunk_ids: int = CHUNK_IDS,
 ) -> MlmOutput:
     """Score hidden states against the word table: loss, draw and accuracy in one sweep.
 
     Draws are Gumbel-argmax, the lowest id at a tie, with `rtd.gumbel_noise`; they use the logits
-    of the loss, which is the order of the released code (`rtd_task.py`, make_electra_data).
+    of the loss, which is the order of the released code (`rtd_task.py`, make_electra_data). Ids
+    that may not be drawn stay in the loss.
 
     Args:
         hidden_BKD: [B, K, D], after the head's transformation.
@@ -155,7 +182,7 @@ def vocabulary_head(
         valid_BK: bool [B, K]; False slots count nothing and get no gradient.
         targets_BK: int64 [B, K].
         positions_BK: int64 [B, K], which key the noise.
-        draw: Stream, samples and temperature of the draws.
+        draw: Stream, samples, temperature and ids of the draws; None draws nothing.
         chunk_ids: Ids of one chunk, a multiple of 4; results differ in rounding only.
 
     Returns:

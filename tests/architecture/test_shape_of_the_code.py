@@ -15,14 +15,14 @@ MAX_FUNCTION_LINES = 80
 
 # Layer of every module of `pipeline`; imports go down or stay. A new module must be put here.
 LAYERS = {
-    1: "config config_files config_loading ds_checks ds_config ds_schema findings flops "
-    "resume_rules",
-    2: "modeling counter_rng masking rtd data",
-    3: "optimizer schedule metrics runtime run_folder throughput progress",
-    4: "engine engine_state",
-    5: "trainer checkpoint commit step assemble banner export export_reload export_verify "
-    "hf_layout model_card evaluate",
-    6: "cli commands_export commands_evaluate train demo",
+    1: "config config_networks config_files config_keys config_loading ds_checks ds_config "
+    "ds_schema findings flops phases resume_rules schedule",
+    2: "modeling counter_rng masking masking_words rtd data sample_order",
+    3: "optimizer metrics runtime run_folder throughput prefetch progress",
+    4: "engine engine_state engine_stepping",
+    5: "trainer checkpoint commit step objective_keys assemble banner export export_reload "
+    "export_verify hf_layout model_card evaluate compare run_data weights guard initialize",
+    6: "cli commands_export commands_evaluate commands_compare train dry_run demo",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 CONTRACT = {"data_prep.errors", "data_prep.manifest", "data_prep.shards", "data_prep.tokenizer"}

@@ -45,22 +45,22 @@ ROUNDS = 5
 
 def start():
     """Both engines around networks of some 20 million parameters, and the control group."""
-    from pipeline.assemble import build_networks
     from pipeline.engine import start_engines
     from pipeline.runtime import start_world
+    from pipeline.weights import new_pair
 
     config = load_run_config("deberta_v3_large", WORDS)
     ds = check_deepspeed_config(DEEPSPEED, "benchmark.json")
     world = World(0, 0, 1, torch.device("cpu"))
     control = start_world(world)
     engines = start_engines(
-        *build_networks(config),
+        new_pair(config).trained_modules(),
         optimizer=config.optimizer,
         ds=ds,
         plan=ds.batch_plan(1),
         world=world,
     )
-    return engines.items(), control
+    return engines.by_name, control
 
 
 def benchmark(_device: str) -> Outcome:

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from data_prep.shards import Dataset
-from pipeline.data import CLS_ID, SEP_ID, SampleOrder, SequenceStream, TrainBatches
+from pipeline.data import CLS_ID, SEP_ID, SequenceStream, TrainBatches
+from pipeline.phases import Phase, TrainSchedule
+from pipeline.sample_order import SampleOrder
 from tests.benchmarks.rounds import Case, Outcome, cpu_seconds, main, measure, require
 
 TEXT_BYTES = 6_000_000
@@ -43,7 +45,8 @@ def benchmark(_device: str) -> Outcome:
         dataset = Dataset.open(folder / "dataset")
         stream = SequenceStream(dataset, "train", LENGTH)
         order = SampleOrder(stream.num_sequences, 0, LENGTH, 64, 8)
-        batches = TrainBatches(stream, order, SEQUENCES * BATCHES, SEQUENCES, 1, 0)
+        schedule = TrainSchedule((Phase(0, 1, LENGTH, SEQUENCES * BATCHES),))
+        batches = TrainBatches({LENGTH: stream}, {LENGTH: order}, schedule, SEQUENCES, 1, 0)
         (shard,) = dataset.manifest.shards
         tokens = np.load(folder / "dataset" / shard.tokens_file, mmap_mode="r")
         rows = arrow_rows(stream, folder / "arrow")

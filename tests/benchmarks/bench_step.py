@@ -21,8 +21,8 @@ from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config
 from pipeline.counter_rng import DropoutKey
 from pipeline.flops import peak_flops, training_flops_per_token
-from pipeline.masking import MaskedBatch, choose_masks
-from pipeline.modeling.networks import Discriminator, Generator, init_weights
+from pipeline.masking import MaskedBatch, MaskingVocabulary, MaskKeys, choose_masks
+from pipeline.modeling.pair import NetworkPair, shared_rows
 from pipeline.rtd import DrawKey, corrupt
 from tests.benchmarks.rounds import Case, Outcome, cpu_seconds, device_seconds, main, measure
 
@@ -74,11 +74,9 @@ def make_batch(config: RunConfig, device: torch.device) -> Batch:
         ids,
         torch.full((SEQUENCES,), length, device=device),
         words,
-        key=(1, 2),
-        mask_prob=config.objective.mask_prob,
-        law="uniform",
-        special_ids=(0, 1, 2, 3),
-        mask_id=vocab_size - 100,
+        config.objective,
+        MaskKeys.derive(0, "train", length),
+        MaskingVocabulary(vocab_size - 100),
     )
     return Batch(ids, masked, DrawKey((3, 4), words))
 
@@ -88,14 +86,15 @@ class Ours(nn.Module):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
-        self.generator = Generator(config.generator, config.model)
-        self.discriminator = Discriminator(config.discriminator, config.model)
-        for network in (self.generator, self.discriminator):
-            init_weights(network, 0)
+        self.pair = NetworkPair(config)
+        self.pair.init_weights(0)
 
     def layers(self) -> list[nn.Module]:
         """What a compiler is given."""
-        return [*self.generator.deberta.encoder.layer, *self.discriminator.deberta.encoder.layer]
+        return [
+            *self.pair.generator.deberta.encoder.layer,
+            *self.pair.discriminator.deberta.encoder.layer,
+        ]
 
     def train_on(self, batch: Batch, drops: bool) -> None:
         """Forward and backward of both networks."""
@@ -105,7 +104,7 @@ class Ours(nn.Module):
             for name in ("generator", "discriminator")
         ]
         slots = batch.masked
-        out = self.generator(
+        out = self.pair.generator(
             slots.masked_ids_BL,
             None,
             slots.positions_BK,
@@ -116,8 +115,8 @@ class Ours(nn.Module):
         )
         (out.loss_sum / slots.valid_BK.sum()).backward()
         ids, is_replaced = corrupt(batch.ids, slots.positions_BK, slots.valid_BK, out.drawn_BK)
-        rows = self.generator.token_embeddings(ids)
-        rtd = self.discriminator(ids, rows, None, is_replaced.float(), keys[1])
+        rows = shared_rows(self.pair.generator, self.pair.discriminator, ids)
+        rtd = self.pair.discriminator(ids, rows, None, is_replaced.float(), keys[1])
         (RTD_LOSS_WEIGHT * rtd.loss_sum / ids.numel()).backward()
 
 

@@ -11,8 +11,7 @@ from pipeline.engine import parameter_norm
 from pipeline.engine_state import MOMENTS, WEIGHT, local_slices, scalar_state
 from pipeline.metrics import StepSums, ratios
 from pipeline.rtd import gumbel_noise
-from pipeline.step import LearningRates
-from tests.engines import LENGTH, RATES, rig, sequence_batch, sequence_batches, small_pair
+from tests.engines import LENGTH, RATE, rig, sequence_batch, sequence_batches, small_pair
 from tests.reference import small_networks
 from tests.reference.rtd_plain import discriminator_step, generator_step
 
@@ -24,7 +23,7 @@ SECTION = small_networks.network_section(layers=2, **NO_DROPOUT)
 
 def state(one_rig, network):
     """Everything that a commit would hold of a network, copied."""
-    engine = getattr(one_rig.engines, network)
+    engine = one_rig.engines.by_name[network]
     slices = {
         (part.name, kind): values.clone()
         for part in local_slices(engine, 0)
@@ -51,7 +50,7 @@ def test_a_huge_discriminator_loss_does_not_touch_the_generator(world, stage):
         one = rig(world, stage=stage, objective=ObjectiveSection(rtd_loss_weight=weight))
         results = [one.run(step) for step in range(3)]
         states.append(state(one, "generator"))
-        assert all(result.generator.applied for result in results)
+        assert all(result.outcomes["generator"].applied for result in results)
     assert_equal(*states)
 
 
@@ -60,7 +59,7 @@ def test_lambda_is_scaled_away_where_both_are_clipped(world):
     norms, averages = [], []
     for weight in (10.0, 50.0):
         one = rig(world, objective=ObjectiveSection(rtd_loss_weight=weight))
-        norms.append(one.run(0).discriminator.grad_norm)
+        norms.append(one.run(0).outcomes["discriminator"].grad_norm)
         averages.append(state(one, "discriminator"))
     assert norms[1] == pytest.approx(5 * norms[0], rel=1e-5)
     assert min(norms) > 1.0
@@ -76,10 +75,13 @@ def phases(one, between=lambda: None):
     masked = [one.keys.mask(batch) for batch in batches]
     scale, sums = torch.tensor(0.01), StepSums(torch.device("cpu"))
     before = one.weights("generator")
-    corrupted, _ = one.step.generator_phase(0, batches, masked, scale, 1e-2, sums)
+    draws = [one.keys.draw(batch) for batch in batches]
+    corrupted = one.step.generator_phase(0, batches, masked, draws, scale, sums)
+    one.step.update("generator", one.prepare(generator=1e-2))
     middle, middle_state = one.weights("generator"), state(one, "generator")
     between()
-    one.step.discriminator_phase(0, batches, corrupted, scale, 1e-2, sums)
+    one.step.discriminator_phase(0, batches, corrupted, scale, sums)
+    one.step.update("discriminator", one.prepare())
     assert_equal(state(one, "generator"), middle_state)
     return batches, masked, corrupted, before, middle
 
@@ -91,7 +93,7 @@ def test_the_discriminator_reads_the_updated_embeddings(world, stage, precision)
     """Trap 7, and trap 6: no gradient of the discriminator reaches the generator."""
     one = rig(world, stage=stage, precision=precision)
     seen = []
-    handle = one.engines.discriminator.module.register_forward_pre_hook(
+    handle = one.module("discriminator").register_forward_pre_hook(
         lambda module, arguments: seen.append((arguments[0], arguments[1].clone()))
     )
     _, _, corrupted, before, middle = phases(one)
@@ -107,7 +109,7 @@ def test_the_discriminator_reads_the_updated_embeddings(world, stage, precision)
 
 
 def test_draws_come_from_the_forward_pass_before_the_update(world):
-    one = rig(world, networks=small_pair(**NO_DROPOUT))
+    one = rig(world, pair=small_pair(**NO_DROPOUT))
     batches, masked, corrupted, before, middle = phases(one)
     from_old, from_new = (
         [draws(one, batch, slots, weights) for batch, slots in zip(batches, masked, strict=True)]
@@ -154,7 +156,7 @@ def test_any_accumulation_has_the_same_gradient(world, stage):
     """Trap 22: sequences of different lengths, so that means of means would differ."""
     reference = None
     for micro in (8, 4, 2, 1):
-        one = rig(world, stage=stage, micro=micro, clipping=0.0, networks=small_pair(**NO_DROPOUT))
+        one = rig(world, stage=stage, micro=micro, clipping=0.0, pair=small_pair(**NO_DROPOUT))
         result = one.run(0)
         assert one.plan.gradient_accumulation_steps == 8 // micro
         here = {network: gradients(one, network) for network in NETWORKS}
@@ -170,10 +172,13 @@ def test_any_accumulation_has_the_same_gradient(world, stage):
 
 def test_the_gradient_is_that_of_the_global_means(world):
     """Against autograd on the plain reference: sum of losses / global count, lambda on D alone."""
-    networks = small_pair(**NO_DROPOUT)
-    generator_weights, discriminator_weights = map(small_networks.leaves, networks)
-    one = rig(world, micro=2, clipping=0.0, networks=networks)
-    one.run(0, LearningRates(0.0, 0.0))  # the discriminator sees the same E_G as the reference
+    pair = small_pair(**NO_DROPOUT)
+    generator_weights = small_networks.leaves(pair.generator)
+    discriminator_weights = small_networks.leaves(pair.discriminator)
+    one = rig(world, micro=2, clipping=0.0, pair=pair)
+    one.run(
+        0, generator=0.0, discriminator=0.0
+    )  # the discriminator sees the same E_G as the reference
     batch = sequence_batch(range(8))
     slots, draw = one.keys.mask(batch), one.keys.draw(batch)
     mask = batch.attention_mask()
@@ -235,19 +240,22 @@ def test_a_loss_that_is_not_finite_skips_one_network(world, network, stage, prec
     one.run(0)
     for value in (float("nan"), float("inf")):
         mine, theirs = state(one, network), state(one, other)
-        handle = poison(getattr(one.engines, network).module, value)
+        handle = poison(one.module(network), value)
         result = one.run(1)
         handle.remove()
-        assert not getattr(result, network).applied
-        assert getattr(result, other).applied
+        assert not result.outcomes[network].applied
+        assert result.outcomes[other].applied
         assert_equal(state(one, network), mine)
         assert_all_moved(theirs, state(one, other))
     mine = state(one, network)
     result = one.run(2)
-    assert result.generator.applied
-    assert result.discriminator.applied
+    assert result.outcomes["generator"].applied
+    assert result.outcomes["discriminator"].applied
     assert_all_moved(mine, state(one, network))
-    for norm in (result.generator.grad_norm, result.discriminator.grad_norm):
+    for norm in (
+        result.outcomes["generator"].grad_norm,
+        result.outcomes["discriminator"].grad_norm,
+    ):
         assert 0 < norm < float("inf")
 
 
@@ -262,13 +270,15 @@ def test_poison_in_one_micro_batch_of_several_skips_the_step(world, stage):
         factor = float("nan") if len(calls) == 2 else 1.0
         return output._replace(loss_sum=output.loss_sum * factor)
 
-    handle = one.engines.generator.module.register_forward_hook(hook)
+    handle = one.module("generator").register_forward_hook(hook)
     result = one.run(1)
     handle.remove()
     assert len(calls) == 4
-    assert not result.generator.applied
+    assert not result.outcomes["generator"].applied
     assert_equal(state(one, "generator"), mine)
-    assert one.run(2).generator.applied, "the bad gradient is not carried into the next step"
+    assert one.run(2).outcomes["generator"].applied, (
+        "the bad gradient is not carried into the next step"
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -285,7 +295,7 @@ def test_every_parameter_gets_a_gradient(world, stage):
 def test_learning_rates_are_the_step_s(world, stage):
     one = rig(world, stage=stage)
     before = {network: state(one, network) for network in NETWORKS}
-    one.run(0, LearningRates(0.0, 1e-3))
+    one.run(0, generator=0.0, discriminator=RATE)
     after = {network: state(one, network) for network in NETWORKS}
     for (name, kind), values in before["generator"].items():
         if kind == WEIGHT:
@@ -304,7 +314,9 @@ def test_norm_of_a_parameter(world, stage):
     one.run(0)
     name = "deberta.embeddings.word_embeddings._weight"
     expected = state(one, "discriminator")[name, WEIGHT].double().norm().item()
-    assert parameter_norm(one.engines.discriminator, name, world) == pytest.approx(expected)
+    assert parameter_norm(one.engines.by_name["discriminator"], name, world) == pytest.approx(
+        expected
+    )
 
 
 def test_sums_are_those_of_the_step(world):
@@ -327,7 +339,7 @@ def test_a_step_repeats_bit_for_bit(world, stage):
     for _ in range(2):
         one = rig(world, stage=stage)
         for step in range(3):
-            one.run(step, RATES)
+            one.run(step)
         states.append({network: state(one, network) for network in NETWORKS})
     for network in NETWORKS:
         assert_equal(states[0][network], states[1][network])

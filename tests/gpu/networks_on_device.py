@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.config import ObjectiveSection
 from pipeline.counter_rng import DropoutKey
-from pipeline.masking import MaskedBatch, choose_masks
+from pipeline.masking import MaskedBatch, MaskingVocabulary, MaskKeys, choose_masks
 from pipeline.modeling.networks import Discriminator, Generator
+from pipeline.modeling.pair import shared_rows
 from pipeline.rtd import CorruptedBatch, DrawKey, corrupt
 from tests.reference.small_networks import model_section, network_section, scramble
 
@@ -26,7 +28,8 @@ def pair(device, dtype=torch.float32, layers=2, **model):
     """A generator and a discriminator that are the same on every device."""
     section = model_section(vocab_size=VOCABULARY, **model)
     networks = [
-        kind(network_section(layers, **SIZES), section) for kind in (Generator, Discriminator)
+        kind(network_section(layers, **SIZES), section, ObjectiveSection())
+        for kind in (Generator, Discriminator)
     ]
     scrambled = [scramble(n, seed, scale=0.05) for seed, n in enumerate(networks, 1)]
     return [network.to(device, dtype) for network in scrambled]
@@ -65,11 +68,9 @@ class MicroBatch:
             self.ids,
             self.lengths,
             self.words,
-            key=(7, 8),
-            mask_prob=0.15,
-            law=law,
-            special_ids=(0, 1, 2, 3),
-            mask_id=MASK_ID,
+            ObjectiveSection(masking_law=law),
+            MaskKeys.derive(7, "train", self.ids.shape[1]),
+            MaskingVocabulary(MASK_ID),
         )
 
 
@@ -90,7 +91,7 @@ def generator_loss(network, batch, slots, dropout=None):
 
 
 def discriminator_loss(network, base, batch, corrupted: CorruptedBatch, dropout=None):
-    rows = base.token_embeddings(corrupted.input_ids_BL)
+    rows = shared_rows(base, network, corrupted.input_ids_BL)
     labels = corrupted.is_replaced_BL.float()
     return network(corrupted.input_ids_BL, rows, batch.mask, labels, dropout)
 

@@ -8,7 +8,7 @@ import torch
 from pipeline.counter_rng import DropoutKey
 from pipeline.modeling.attention import KeySide, disentangled_attention
 from pipeline.modeling.relative_positions import relative_positions
-from tests.reference.rtd_plain import attention_logits
+from tests.reference.plain_encoder import attention_logits
 
 CPU = torch.device("cpu")
 HEADS, BATCH, LENGTH, SIZE, BUCKETS, MAX_POSITION = 2, 3, 13, 4, 4, 11
@@ -91,6 +91,46 @@ def test_backends_agree_in_values_and_gradients(dropout_p, positions, mask):
             torch.testing.assert_close(right, left, rtol=0, atol=atol * left.abs().max().item())
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("num_queries", [LENGTH, 4])
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_backends_agree_without_a_table(dropout_p, num_queries, mask):
+    for dtype, atol in ((torch.float32, FP32_ROUNDING), (torch.float64, 1e-14)):
+        tensors = inputs(dtype, num_queries=num_queries)[0][:3]
+        site = DropoutKey.derive(0, "generator", 1, 2, 3, CPU).site(4, 0)
+        eager, plain = (
+            value_and_gradients(backend, tensors, None, mask, dropout_p, site)
+            for backend in ("eager", "torch")
+        )
+        for left, right in zip(eager, plain, strict=True):
+            assert left.abs().max() > 0
+            torch.testing.assert_close(right, left, rtol=0, atol=atol * left.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_without_a_table_it_is_the_attention_of_torch(backend, mask):
+    # Heads of 4: the root is exact, so that its rounding to fp32 does not show.
+    query, key, value = tensors = inputs(torch.float64)[0][:3]
+    batch_first = [t.transpose(0, 1) for t in (query, key, value)]
+    keys_B11L = None if mask is None else mask[:, None, None, :]
+    theirs = torch.nn.functional.scaled_dot_product_attention(*batch_first, attn_mask=keys_B11L)
+    context, *gradients = value_and_gradients(backend, tensors, None, mask)
+    torch.testing.assert_close(context, theirs.transpose(0, 1), rtol=0, atol=1e-14)
+    weights = torch.sin(torch.arange(context.numel())).view(context.shape).to(context.dtype)
+    expected = torch.autograd.grad((theirs.transpose(0, 1) * weights).sum(), tensors)
+    for left, right in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-13)
+
+
+def test_gradcheck_without_a_table():
+    tensors = inputs(torch.float64, num_queries=4)[0][:3]
+    site = DropoutKey.derive(0, "generator", 1, 2, 3, CPU).site(4, 0)
+    assert torch.autograd.gradcheck(
+        lambda *t: attend("torch", t, None, MASK, 0.3, site), tensors, fast_mode=True
+    )
+
+
 def test_both_backends_drop_the_same_probabilities():
     tensors, relative = inputs(torch.float64)
     site = DropoutKey.derive(0, "generator", 1, 2, 3, CPU).site(4, 0)
@@ -139,8 +179,11 @@ def test_half_precision_stays_near_the_exact_result(backend, dtype):
 
 @pytest.mark.parametrize("backend", ["eager", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_sequence_of_padding_alone_gives_zero_and_no_nan(backend, dtype):
+@pytest.mark.parametrize("has_table", [True, False])
+def test_a_sequence_of_padding_alone_gives_zero_and_no_nan(backend, dtype, has_table):
     tensors, relative = inputs(dtype)
+    if not has_table:
+        tensors, relative = tensors[:3], None
     mask = MASK.clone()
     mask[1] = False
     context, *gradients = value_and_gradients(backend, tensors, relative, mask)
@@ -171,8 +214,9 @@ def test_large_fp16_products_do_not_overflow(backend):
     assert attend(backend, large, relative).isfinite().all()
 
 
-def test_row_zero_of_the_table_gets_no_gradient_within_the_trained_length():
-    tensors, relative = inputs(torch.float32, 32, max_position=32)
+@pytest.mark.parametrize("length", [32, 70])
+def test_row_zero_of_the_table_gets_no_gradient_under_the_clamp(length):
+    tensors, relative = inputs(torch.float32, length, max_position=32)
     for backend in ("eager", "torch"):
         gradients = value_and_gradients(backend, tensors, relative, None)[1:]
         for table in gradients[3:]:

@@ -86,7 +86,7 @@ def test_each_probability_has_an_effect(field):
 
 PROBS, ATTENTION, FEED_FORWARD, TABLE = range(4)
 EMBEDDINGS = (1 << 16, 0)
-# Two layers: in the generator the second one runs twice, as layers 1 and 2, on one table.
+# Two layers: in the generator the second one runs twice, as layers 1 and 2.
 SITES = {
     "generator": {
         EMBEDDINGS: (3, 20, 24),
@@ -94,7 +94,7 @@ SITES = {
         (0, PROBS): (3, 3, 20, 20),
         (0, ATTENTION): (3, 20, 24),
         (0, FEED_FORWARD): (3, 20, 24),
-        (1, TABLE): (16, 24),
+        **{(n, TABLE): (16, 24) for n in (1, 2)},
         **{(n, PROBS): (3, 3, 3, 20) for n in (1, 2)},
         **{(n, where): (3, 3, 24) for n in (1, 2) for where in (ATTENTION, FEED_FORWARD)},
     },

@@ -1,12 +1,11 @@
-"""Hidden states of both networks against transformers and against the authors' encoder."""
+"""Hidden states of DeBERTaV3 against transformers and against the authors' encoder."""
 
 import pytest
 import torch
-from transformers import DebertaV2Config, DebertaV2Model
 
 from pipeline.modeling.embeddings import LayerNorm
-from tests.reference import released_encoder
-from tests.reference.rtd_plain import bucket
+from tests.reference import released_encoder, transformers_encoder
+from tests.reference.plain_encoder import bucket
 from tests.reference.small_networks import (
     VOCABULARY,
     batch,
@@ -28,23 +27,6 @@ def merged_encoder_weights(discriminator_network, generator_network):
     return {**weights, "embeddings.word_embeddings.weight": base + delta}
 
 
-def transformers_model(network, weights, dtype):
-    model = DebertaV2Model(
-        DebertaV2Config(
-            **network.model_dump(),
-            vocab_size=VOCABULARY,
-            relative_attention=True,
-            pos_att_type="p2c|c2p",
-            share_att_key=True,
-            norm_rel_ebd="layer_norm",
-            position_biased_input=False,
-            type_vocab_size=0,
-        )
-    )
-    model.to(dtype).load_state_dict(weights)
-    return model.eval()
-
-
 @pytest.mark.parametrize("backend", ["eager", "torch"])
 @pytest.mark.parametrize(
     ("dtype", "atol"), [(torch.float32, FP32_TOLERANCE), (torch.float64, FP64_TOLERANCE)]
@@ -52,9 +34,11 @@ def transformers_model(network, weights, dtype):
 def test_discriminator_equals_transformers(backend, dtype, atol):
     data, base = batch(), generator(dtype)
     ours = discriminator(dtype, model=model_section(attention_backend=backend))
-    theirs = transformers_model(network_section(), merged_encoder_weights(ours, base), dtype)
+    weights = merged_encoder_weights(ours, base)
+    theirs = transformers_encoder.model(network_section(), VOCABULARY, dtype, weights)
     with torch.no_grad():
-        hidden = ours.encode(data.ids, base.token_embeddings(data.ids), data.mask)
+        rows = base.token_embeddings(data.ids, with_positions=False)
+        hidden = ours.encode(data.ids, rows, data.mask)
         expected = theirs(data.ids, attention_mask=data.mask).last_hidden_state
     torch.testing.assert_close(hidden[data.mask], expected[data.mask], rtol=0, atol=atol)
 
@@ -62,28 +46,22 @@ def test_discriminator_equals_transformers(backend, dtype, atol):
 @pytest.mark.parametrize(
     ("dtype", "atol"), [(torch.float32, FP32_TOLERANCE), (torch.float64, FP64_TOLERANCE)]
 )
-def test_generator_equals_transformers(dtype, atol):
-    data, ours = batch(length=32), generator(dtype)
+@pytest.mark.parametrize(
+    ("length", "sizes"),
+    [
+        (32, {}),
+        (512, {"position_buckets": 256, "max_position_embeddings": 512, "hidden_size": 12}),
+    ],
+)
+def test_generator_equals_transformers(length, sizes, dtype, atol):
+    data, ours = batch(length), generator(dtype, layers=2, **sizes)
     weights = ours.deberta.state_dict()
     del weights["embeddings.position_embeddings.weight"]
-    theirs = transformers_model(network_section(), weights, dtype)
+    theirs = transformers_encoder.model(network_section(2, **sizes), VOCABULARY, dtype, weights)
     with torch.no_grad():
         hidden = ours.encode(data.ids, data.mask)
         expected = theirs(data.ids, attention_mask=data.mask).last_hidden_state
     torch.testing.assert_close(hidden[data.mask], expected[data.mask], rtol=0, atol=atol)
-
-
-def test_released_bucket_sizes_equal_transformers():
-    sizes = {"position_buckets": 256, "max_position_embeddings": 512, "hidden_size": 12}
-    ours = generator(layers=2, **sizes)
-    weights = ours.deberta.state_dict()
-    del weights["embeddings.position_embeddings.weight"]
-    theirs = transformers_model(network_section(2, **sizes), weights, torch.float32)
-    data = batch(length=512)
-    with torch.no_grad():
-        hidden = ours.encode(data.ids, data.mask)
-        expected = theirs(data.ids, attention_mask=data.mask).last_hidden_state
-    torch.testing.assert_close(hidden[data.mask], expected[data.mask], rtol=0, atol=FP32_TOLERANCE)
 
 
 @pytest.fixture
@@ -119,9 +97,10 @@ def test_generator_equals_the_authors_encoder(released, length):
     torch.testing.assert_close(hidden[data.mask], expected[data.mask], rtol=0, atol=FP32_TOLERANCE)
 
 
-def test_decoder_equals_the_authors_layers_applied_twice(released):
-    data, ours = batch(), generator()
-    embeddings, encoder = released_modules(released, ours, network_section())
+@pytest.mark.parametrize("changes", [{}, {"conv_kernel_size": 3, "conv_act": "gelu"}])
+def test_decoder_equals_the_authors_layers_applied_twice(released, changes):
+    data, ours = batch(), generator(**changes)
+    embeddings, encoder = released_modules(released, ours, network_section(**changes))
     slots = ours.deberta.embeddings.position_embeddings(data.positions)
     with torch.no_grad():
         embedded = ours.deberta.embeddings(data.ids, data.mask, None)
@@ -137,9 +116,10 @@ def test_decoder_equals_the_authors_layers_applied_twice(released):
     torch.testing.assert_close(decoded[data.valid], expected, rtol=0, atol=FP32_TOLERANCE)
 
 
+@pytest.mark.parametrize("changes", [{}, {"conv_kernel_size": 3}])
 @pytest.mark.parametrize("extra", [0, 6])
-def test_padding_changes_nothing_at_real_tokens(extra):
-    data, ours = batch(length=20), generator(torch.float64)
+def test_padding_changes_nothing_at_real_tokens(extra, changes):
+    data, ours = batch(length=20), generator(torch.float64, **changes)
     short = ours.encode(data.ids[1:2, :13], None)
     ids = torch.full((1, 13 + extra), 17)
     ids[:, :13] = data.ids[1, :13]

@@ -1,5 +1,7 @@
 """The chunked head against cross entropy on logits that are held whole."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -64,6 +66,34 @@ def test_draws_and_accuracy_equal_the_whole_softmax(chunk_ids):
     assert out.correct_sum >= 3
 
 
+@pytest.mark.parametrize("chunk_ids", CHUNKS)
+@pytest.mark.parametrize("allowed", [range(4, 60), range(5, 18), range(60, 61)])
+def test_forbidden_ids_leave_the_draws_alone(chunk_ids, allowed):
+    *weights, targets = inputs(torch.float32)
+    logits, _ = plain(*weights, targets)
+    free = head(*weights, targets, chunk_ids)
+    out = head(*weights, targets, chunk_ids, replace(DRAW, allowed_ids=allowed))
+    noise = gumbel_noise(DRAW.sample_words_B2, POSITIONS, 0, V, DRAW.key)
+    scores = (logits / 0.7 + noise)[..., allowed.start : allowed.stop]
+    assert torch.equal(out.drawn_BK, scores.argmax(-1) + allowed.start)
+    assert torch.equal(out.loss_sum, free.loss_sum), "forbidden ids stay in the softmax"
+    assert torch.equal(out.correct_sum, free.correct_sum)
+    ours, theirs = (torch.autograd.grad(each.loss_sum, weights) for each in (out, free))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_without_a_key_nothing_is_drawn_and_no_noise_is_computed(monkeypatch):
+    *weights, targets = inputs(torch.float32)
+    drawing = head(*weights, targets)
+    monkeypatch.setattr("pipeline.modeling.vocabulary_head.gumbel_noise", None)
+    out = head(*weights, targets, draw=None)
+    assert out.drawn_BK is None
+    assert torch.equal(out.loss_sum, drawing.loss_sum)
+    assert torch.equal(out.correct_sum, drawing.correct_sum)
+    ours, theirs = (torch.autograd.grad(each.loss_sum, weights) for each in (out, drawing))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_draws_follow_the_softmax_at_the_temperature():
     slots = 40_000
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, 0.5])
@@ -111,6 +141,10 @@ def test_numbers_that_are_not_numbers_still_draw_an_id():
     out = head(hidden * torch.nan, table, bias, targets)
     assert out.loss_sum.isnan()
     assert not out.drawn_BK.any()
+    out = head(
+        hidden * torch.nan, table, bias, targets, draw=replace(DRAW, allowed_ids=range(4, 9))
+    )
+    assert (out.drawn_BK == 4).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

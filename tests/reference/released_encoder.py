@@ -28,19 +28,18 @@ def loaded():
 
 
 def config(network, vocab_size):
-    """Describe one of our networks in its terms."""
+    """Describe one of our networks in its terms; it has the position rule of transformers."""
+    relative = network.relative_attention
     module = importlib.import_module("DeBERTa.deberta.config")
     return module.ModelConfig.from_dict(
         {
-            **network.model_dump(),
+            **network.model_dump(exclude={"relative_position_rule"}),
+            "embedding_size": network.word_embedding_size,
             "vocab_size": vocab_size,
             "hidden_act": "gelu",
-            "relative_attention": True,
-            "pos_att_type": "p2c|c2p",
+            "pos_att_type": "p2c|c2p" if relative else "",
             "share_att_key": True,
-            "norm_rel_ebd": "layer_norm",
-            "position_biased_input": False,
-            "max_relative_positions": -1,
+            "norm_rel_ebd": "layer_norm" if relative else "none",
             "type_vocab_size": 0,
             "padding_idx": 0,
             "attention_head_size": network.attention_head_size,

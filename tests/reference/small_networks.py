@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.config import ModelSection, NetworkSection
+from pipeline.config import ModelSection, NetworkSection, ObjectiveSection
 from pipeline.modeling.networks import Discriminator, Generator
 from pipeline.rtd import DrawKey
 
@@ -40,13 +40,15 @@ def scramble(module, seed, scale=0.3):
     return module
 
 
-def generator(dtype=torch.float32, layers=3, seed=1, model=None, **changes):
-    network = Generator(network_section(layers, **changes), model or model_section())
+def generator(dtype=torch.float32, layers=3, seed=1, model=None, objective=None, **changes):
+    objective = objective or ObjectiveSection()
+    network = Generator(network_section(layers, **changes), model or model_section(), objective)
     return scramble(network, seed).to(dtype)
 
 
-def discriminator(dtype=torch.float32, layers=3, seed=2, model=None, **changes):
-    network = Discriminator(network_section(layers, **changes), model or model_section())
+def discriminator(dtype=torch.float32, layers=3, seed=2, model=None, objective=None, **changes):
+    objective = objective or ObjectiveSection()
+    network = Discriminator(network_section(layers, **changes), model or model_section(), objective)
     return scramble(network, seed).to(dtype)
 
 

@@ -1,4 +1,5 @@
 import hashlib
+import importlib
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.tokenizer import Tokenizer, padded_vocab_size
+from data_prep.tokenizer import Tokenizer, _is_separator, padded_vocab_size
 from data_prep.tokenizer_training import TrainingOptions, train_tokenizer
+from tests.reference import released_encoder
 
 TEXT = "".join(
     f"the number {n * n:x} of words, [x] [MASK] [CLS] \u00e9t\u00e9\n" for n in range(500)
@@ -62,6 +64,31 @@ def test_the_layout_is_the_released_one(tokenizer):
         "[unused399]",
     ]
     assert len(tokenizer.byte_ids) == 256
+
+
+def test_word_starts_are_the_released_ones(folder, tokenizer):
+    """The rule of the authors' PyPI package, for every piece and for single characters."""
+    with released_encoder.loaded():
+        released = importlib.import_module("DeBERTa.deberta.spm_tokenizer")
+        theirs = released.SPMTokenizer(str(folder / "spm.model"))
+    flags = tokenizer.is_word_start
+    assert (flags.shape, flags.dtype) == ((400,), np.bool_)
+    assert not flags[:4].any()
+    assert not flags[320:].any()
+    for value, piece in enumerate(tokenizer.pieces(range(4, 320)), 4):
+        assert flags[value] == (not theirs.part_of_whole_word(piece)), piece
+    assert 10 < flags.sum() < 300
+    texts = dict(zip(tokenizer.pieces(range(400)), flags.tolist(), strict=True))
+    assert (texts["\u2581"], texts[","], texts["e"], texts["<0x41>"]) == (True, True, False, False)
+    for character in map(chr, range(0x3100)):
+        expected = (
+            released._is_punctuation(character)
+            or released._is_control(character)
+            or released._is_whitespace(character)
+        )
+        assert _is_separator(character) == expected, hex(ord(character))
+    with pytest.raises(ValueError, match="read-only"):
+        flags[0] = True
 
 
 def test_ids_are_those_of_sentencepiece(folder, tokenizer):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.commits import random_networks, run_config, write_commit
+from tests.commits import random_pair, run_config, write_commit
 
 STEP = 40
 HELDOUT_ROWS = [
@@ -18,16 +18,14 @@ HELDOUT_ROWS = [
 
 @pytest.fixture(scope="session")
 def random_run(dataset_folder, tmp_path_factory):
-    """folder, config, commit, step and networks of a run; read-only."""
+    """folder, config, commit, step and the networks of a run; read-only."""
     folder = tmp_path_factory.mktemp("random_run") / "run"
     config = run_config(dataset_folder, folder)
-    networks = random_networks(config, STEP)
-    commit = write_commit(config, STEP, networks)
+    pair = random_pair(config, STEP)
+    commit = write_commit(config, STEP, pair)
     rows = "".join(json.dumps(row) + "\n" for row in HELDOUT_ROWS)
     (folder / "metrics.jsonl").write_text(rows + '{"step": 6')
-    return SimpleNamespace(
-        folder=folder, config=config, commit=commit, step=STEP, networks=networks
-    )
+    return SimpleNamespace(folder=folder, config=config, commit=commit, step=STEP, pair=pair)
 
 
 @pytest.fixture(scope="session")

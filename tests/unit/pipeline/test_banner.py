@@ -41,9 +41,9 @@ def test_memory(stage, precision, bytes_a_parameter):
 def test_parameters_are_counted_whole(world, stage):
     expected = sum(p.numel() for p in small_networks.generator(layers=2).parameters())
     one = rig(world, stage=stage)
-    assert count_parameters(one.engines.generator.module) == expected
-    one.engines.generator.module.get_parameter("lm_predictions.lm_head.bias").requires_grad_(False)
-    assert count_parameters(one.engines.generator.module) == expected - small_networks.VOCABULARY
+    assert count_parameters(one.module("generator")) == expected
+    one.module("generator").get_parameter("lm_predictions.lm_head.bias").requires_grad_(False)
+    assert count_parameters(one.module("generator")) == expected - small_networks.VOCABULARY
 
 
 def test_the_whole_banner(world):
@@ -53,9 +53,7 @@ def test_the_whole_banner(world):
     facts = {"data": "3 shards, fingerprint 0123456789ab"}
     lines = banner_lines(config, ds, one.plan, one.engines, facts, "continues step-00000040")
     text = "\n".join(lines)
-    counts = [
-        count_parameters(e.module) for e in (one.engines.generator, one.engines.discriminator)
-    ]
+    counts = [count_parameters(one.module(name)) for name in ("generator", "discriminator")]
     for part in (
         "run: runs/mine, seed 42, continues step-00000040",
         "program: deberta-pretrain",

@@ -25,7 +25,7 @@ def engines(world):
     """Engines that have taken a step."""
     one = rig(world)
     one.run(0)
-    return one.engines.items()
+    return one.engines.by_name
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import EXIT_USAGE, UserError
+from pipeline.config import PhaseSection
 from pipeline.config_loading import (
     load_run_config,
     preset_names,
@@ -14,6 +15,10 @@ from pipeline.config_loading import (
 )
 from pipeline.ds_config import load_deepspeed_config
 
+SCHEDULE_KEYS = (
+    "max_steps, warmup_steps, decay, decay_steps, final_learning_rate_factor, phases,"
+    " max_consecutive_skipped_steps"
+)
 DS_CONFIGS = Path(__file__).parents[3] / "ds_configs"
 MINIMAL = """
 [generator]
@@ -55,43 +60,10 @@ def finding_of(*args):
     return message.removeprefix("the run configuration: ")
 
 
-def test_preset_names():
-    assert preset_names() == [
-        "deberta_v3_base",
-        "deberta_v3_large",
-        "deberta_v3_small",
-        "deberta_v3_xsmall",
-        "demo",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("size", "layers", "hidden", "inner", "heads", "rate"),
-    [  # arXiv:2111.09543, appendix, and rtd_*.json of the released code
-        ("xsmall", (6, 12), 384, 1536, 6, 6e-4),
-        ("small", (3, 6), 768, 3072, 12, 6e-4),
-        ("base", (6, 12), 768, 3072, 12, 6e-4),
-        ("large", (12, 24), 1024, 4096, 16, 3e-4),
-    ],
-)
-def test_the_presets_hold_the_papers_values(size, layers, hidden, inner, heads, rate):
-    config = load_run_config(f"deberta_v3_{size}")
-    networks = (config.generator, config.discriminator)
-    assert tuple(network.num_hidden_layers for network in networks) == layers
-    for network in networks:
-        assert (network.hidden_size, network.intermediate_size) == (hidden, inner)
-        assert (network.num_attention_heads, network.attention_head_size) == (heads, 64)
-        assert (network.max_position_embeddings, network.position_buckets) == (512, 256)
-        assert (network.layer_norm_eps, network.initializer_range) == (1e-7, 0.02)
-        assert network.hidden_dropout_prob == network.attention_probs_dropout_prob == 0.1
-    assert (config.model.vocab_size, config.data.sequence_length) == (128_100, 512)
-    assert (config.objective.mask_prob, config.objective.rtd_loss_weight) == (0.15, 50.0)
-    optimizer = config.optimizer
-    assert optimizer.generator_learning_rate == optimizer.discriminator_learning_rate == rate
-    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.98), 1e-6, 0.01)
-    assert (config.schedule.max_steps, config.schedule.warmup_steps) == (500_000, 10_000)
-    assert config.reference.train_batch_size == 8192
-    assert config.reference.gradient_clipping == 1.0
+def findings_of(*args):
+    """All findings of a message, whether one or a list."""
+    first, *rest = message_of(*args).split("\n  - ")
+    return rest or [first.removeprefix("the run configuration: ")]
 
 
 def test_the_demo_fits_the_cpu_json_and_the_sample():
@@ -127,6 +99,13 @@ def test_a_file(minimal):
         ("data.path=1\n[run]", "data", "path", "1\n[run]"),
         ("model.attention_backend=eager", "model", "attention_backend", "eager"),
         ("reference.train_batch_size=64", "reference", "train_batch_size", 64),
+        (
+            "schedule.phases=[{until_step=100, sequence_length=64}]",
+            "schedule",
+            "phases",
+            (PhaseSection(until_step=100, sequence_length=64),),
+        ),
+        ("schedule.phases=[]", "schedule", "phases", ()),
     ],
 )
 def test_words(word, section, key, value):
@@ -150,12 +129,27 @@ def test_words(word, section, key, value):
         ("hidden_size=3", "unknown key 'hidden_size', did you mean 'generator.hidden_size' or"
          " 'discriminator.hidden_size'?"),
         ("optimiser.x=3", "unknown section 'optimiser', did you mean 'optimizer'?"),
-        ("steps=3", "unknown key 'steps'; valid: run, data, model, generator, discriminator,"
-         " objective, optimizer, schedule, checkpoint, evaluation, logging, reference"),
-        ("schedule=3", "'schedule' is a section; name one of its keys: max_steps, warmup_steps,"
-         " decay, max_consecutive_skipped_steps"),
-        ("schedule.max_steps.x=3", "unknown key 'schedule.max_steps.x'; valid: max_steps,"
-         " warmup_steps, decay, max_consecutive_skipped_steps"),
+        ("steps=3", "unknown key 'steps'; valid: recipe, run, data, model, generator,"
+         " discriminator, objective, optimizer, schedule, initialize, checkpoint, evaluation,"
+         " logging, reference"),
+        ("schedule=3", f"'schedule' is a section; name one of its keys: {SCHEDULE_KEYS}"),
+        ("schedule.max_steps.x=3", f"unknown key 'schedule.max_steps.x'; valid: {SCHEDULE_KEYS}"),
+        ("recip=paper", "unknown key 'recip', did you mean 'recipe'?"),
+        ("run.recipe=paper", "unknown key 'run.recipe', did you mean 'recipe'? A file has it above"
+         " all sections"),
+        ("recipe.name=paper", "recipe is no section; write recipe=VALUE"),
+        ("recipe=code", "recipe is \"code\"; it must be 'paper' or 'released_code'"),
+        ("schedule.phases.until_step=3", "schedule.phases is a list; write it whole:"
+         " schedule.phases='[{until_step=..., sequence_length=..., train_batch_size=...}]'"),
+        ("schedule.phases=[{until_stp=3}]", "schedule.phases[0].until_step is missing: Optimizer"
+         " step before which the phase ends; the next phase, or the rest, begins there.|"
+         "unknown key 'schedule.phases[0].until_stp', did you mean 'until_step'?"),
+        ("schedule.phases=[{until_step=3, sequence_length=4}]", "schedule.phases[0].sequence_length"
+         " is 4; it must be at least 8"),
+        ("schedule.phases=[{until_step=300}]", "schedule.phases end at steps [300]: each must end"
+         " after the one before it, and the last before schedule.max_steps 300"),
+        ("schedule.phases=100", "schedule.phases is 100; it must be a list"),
+        ("schedule.phases=[100]", "schedule.phases[0] is 100; it must be a block of keys"),
         ("schedule.max_steps", "'schedule.max_steps' is not of the form section.key=value"),
         ("--schedule.max_steps=3", "'--schedule.max_steps=3' is not an option; write"
          " schedule.max_steps=3 without dashes"),
@@ -177,7 +171,8 @@ def test_words(word, section, key, value):
     ],
 )  # fmt: skip
 def test_a_wrong_word(word, finding):
-    assert finding_of("demo", [word]) == f"command line: {finding}"
+    findings = [f"command line: {part}" for part in finding.split("|")]
+    assert findings_of("demo", [word]) == findings
 
 
 def test_a_word_given_twice():
@@ -220,8 +215,7 @@ def test_a_misspelt_key_of_a_file_is_also_missing(minimal):
 def test_a_missing_section(minimal):
     minimal.write_text(MINIMAL[: MINIMAL.index("[schedule]")])
     assert finding_of(str(minimal)) == (
-        f"{minimal}: schedule is missing: it has the keys max_steps, warmup_steps, decay,"
-        " max_consecutive_skipped_steps"
+        f"{minimal}: schedule is missing: it has the keys {SCHEDULE_KEYS}"
     )
 
 
@@ -244,9 +238,7 @@ def test_no_such_preset(tmp_path):
     assert message_of("deberta_v3_larg") == (
         "--config deberta_v3_larg: no such preset or file, did you mean 'deberta_v3_large'?"
     )
-    assert message_of("zzz").endswith(
-        "valid: deberta_v3_base, deberta_v3_large, deberta_v3_small, deberta_v3_xsmall, demo"
-    )
+    assert message_of("zzz").endswith(f"valid: {', '.join(preset_names())}")
     assert "is a folder; name a TOML file" in message_of(str(tmp_path))
 
 
@@ -271,6 +263,27 @@ def test_the_resolved_file_repeats_the_run(tmp_path):
         "train_batch_size": 8192,
         "tokens_per_step": 8192 * 128,
     }
+
+
+def test_two_phases_in_a_file(minimal):
+    phases = """
+    [[schedule.phases]]
+    until_step = 50
+    sequence_length = 128
+    [[schedule.phases]]
+    until_step = 90
+    train_batch_size = 64
+    """
+    minimal.write_text(MINIMAL + phases)
+    assert load_run_config(str(minimal)).schedule.phases == (
+        PhaseSection(until_step=50, sequence_length=128),
+        PhaseSection(until_step=90, train_batch_size=64),
+    )
+    # A word replaces the list whole: there is no telling which phase it would change.
+    words = ["schedule.phases=[{until_step=9, sequence_length=64}]"]
+    assert load_run_config(str(minimal), words).schedule.phases == (
+        PhaseSection(until_step=9, sequence_length=64),
+    )
 
 
 def test_a_deepspeed_json_is_recognised():

@@ -1,33 +1,27 @@
-"""Sample order, packing and batches as functions of the step, and the thread that reads ahead."""
+"""Packing, and batches as functions of the step."""
 
 import json
-import threading
-import time
-import tracemalloc
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from data_prep.errors import CorruptError
 from data_prep.shards import Dataset
+from pipeline.config_loading import load_run_config
 from pipeline.counter_rng import sample_words
 from pipeline.data import (
     CLS_ID,
     PAD_ID,
     SEP_ID,
-    Prefetcher,
-    SampleOrder,
     SequenceStream,
     TrainBatches,
     heldout_batches,
-    permute,
+    train_batches,
 )
-
-SIZES = [1, 2, 3, 4, 5, 7, 15, 16, 17, 31, 64, 97, 101, 255, 257, 1009]
+from pipeline.ds_config import BatchPlan
+from pipeline.phases import Phase, TrainSchedule
+from pipeline.sample_order import SampleOrder
 
 
 class Tokens:
@@ -46,118 +40,6 @@ class Tokens:
 
 def stream(num_tokens, length=10):
     return SequenceStream(Tokens(num_tokens), "train", length)
-
-
-def order(num_samples, block=4, window=3, seed=5, length=10):
-    return SampleOrder(num_samples, seed, length, block, window)
-
-
-def epoch_of(sample_order, epoch):
-    size = sample_order.num_samples
-    positions = np.arange(epoch * size, (epoch + 1) * size, dtype=np.int64)
-    epochs, samples = sample_order.samples(positions)
-    assert (epochs == epoch).all()
-    return samples
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_permute_is_a_permutation(size):
-    index = np.arange(size, dtype=np.int64)
-    assert sorted(permute(index, size, (1, 2)).tolist()) == index.tolist()
-    backwards = permute(index[::-1].copy(), size, (1, 2))
-    assert (backwards[::-1] == permute(index, size, (1, 2))).all(), "a function of each element"
-
-
-def test_permute_sends_every_element_everywhere():
-    """A thousand keys move element 3 to each of 10 places equally often."""
-    times = np.zeros(10)
-    for key in range(1000):
-        times[permute(np.array([3]), 10, (key, 77))[0]] += 1
-    assert (np.abs(times - 100) < 5 * (100 * 0.9) ** 0.5).all()
-
-
-def test_permute_scatters_neighbours():
-    where = permute(np.arange(10_000, dtype=np.int64), 10_000, (3, 4))
-    correlation = np.corrcoef(np.arange(10_000), where)[0, 1]
-    assert abs(correlation) < 5 / 100
-    steps = np.abs(np.diff(where))
-    assert abs(steps.mean() - 10_000 / 3) < 5 * 2357 / 100  # |difference| of two uniform values
-
-
-def test_permute_of_a_huge_domain_walks_inside_of_it():
-    size = 2**41 + 12345
-    index = np.array([0, 1, size - 1, 2**40], dtype=np.int64)
-    moved = permute(index, size, (9, 9))
-    assert ((moved >= 0) & (moved < size)).all()
-    assert len(set(moved.tolist())) == 4
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("block", "window"), [(1, 7), (4, 3), (16, 2), (2000, 64), (3, 1000)])
-def test_every_epoch_holds_every_sample_once(size, block, window):
-    sample_order = order(size, block, window)
-    for epoch in (0, 7):
-        assert sorted(epoch_of(sample_order, epoch).tolist()) == list(range(size))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 100), st.integers(1, 50), st.integers(1, 20), st.integers(0, 2**40))
-def test_every_epoch_holds_every_sample_once_for_any_sizes(size, block, window, seed):
-    samples = epoch_of(order(size, block, window, seed), 2**20)
-    assert sorted(samples.tolist()) == list(range(size))
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 60), st.lists(st.integers(0, 500), min_size=1, max_size=20))
-def test_a_position_s_sample_does_not_depend_on_what_is_asked_with_it(size, positions):
-    sample_order = order(size)
-    epochs, samples = sample_order.samples(np.array(positions, np.int64))
-    for position, epoch, sample in zip(positions, epochs, samples, strict=True):
-        alone = sample_order.samples(np.array([position], np.int64))
-        assert (alone[0][0], alone[1][0]) == (epoch, sample)
-
-
-def test_epochs_seeds_and_lengths_have_other_orders():
-    orders = [
-        epoch_of(order(200), 0),
-        epoch_of(order(200), 1),
-        epoch_of(order(200, seed=6), 0),
-        epoch_of(order(200, length=12), 0),
-    ]
-    for left in range(4):
-        for right in range(left):
-            same = (orders[left] == orders[right]).sum()
-            assert same < 1 + 5 * 1**0.5
-
-
-def test_an_epoch_reads_whole_blocks_window_by_window():
-    """What keeps a cold disk fast: each window of the order touches few blocks."""
-    samples = epoch_of(order(4 * 30, block=4, window=5), 3)
-    windows = samples.reshape(6, 20)
-    blocks = [set((w // 4).tolist()) for w in windows]
-    assert [len(each) for each in blocks] == [5] * 6
-    assert set.union(*blocks) == set(range(30))
-    assert any(sorted(each) != list(range(min(each), min(each) + 5)) for each in blocks)
-
-
-def test_the_order_takes_no_memory():
-    sample_order = order(80_000_000, block=512, window=64)
-    tracemalloc.start()
-    try:
-        positions = np.array([0, 79_999_999, 80_000_000, 2**40], np.int64)
-        epochs, samples = sample_order.samples(positions)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert epochs.tolist()[:3] == [0, 0, 1]
-    assert ((samples >= 0) & (samples < 80_000_000)).all()
-    assert peak < 1_000_000
-
-
-def test_golden_order():
-    """A change here changes every run: it needs a new major version."""
-    golden = [9, 4, 8, 5, 1, 10, 2, 6, 0, 3, 7]
-    assert epoch_of(order(11, block=2, window=2, seed=1), 1).tolist() == golden
 
 
 def test_sequences_are_cut_from_the_stream():
@@ -229,11 +111,16 @@ def test_packed_rows_decode_to_the_text(dataset_folder):
     assert tokenizer.decode([*chain(*rows)]) == tokenizer.decode(whole)
 
 
-def batches(size, batch_size, ranks=1, micro=None, rank=0, length=10):
-    """Batches over `size` sequences; the default takes the whole batch at once."""
-    content = stream(size * (length - 2), length)
+def batches(size, batch_size, ranks=1, micro=None, rank=0, phases=None):
+    """Batches over `size` sequences of 10; the default takes the whole batch at once."""
+    phases = phases or (Phase(0, 100, 10, batch_size),)
+    streams = {phase.sequence_length: stream(size * 8, phase.sequence_length) for phase in phases}
+    orders = {
+        length: SampleOrder(each.num_sequences, 5, length, block_sequences=4, window_blocks=3)
+        for length, each in streams.items()
+    }
     micro = batch_size // ranks if micro is None else micro
-    return TrainBatches(content, order(size), batch_size, micro, ranks, rank)
+    return TrainBatches(streams, orders, TrainSchedule(phases), micro, ranks, rank)
 
 
 def identities(micro_batches):
@@ -260,7 +147,7 @@ def test_steps_walk_through_the_endless_order():
     every_epoch = {sample_words(epoch, sample) for epoch in range(8) for sample in range(13)}
     assert len(seen) == len(set(seen)) == 8 * 13
     assert set(seen) == every_epoch
-    assert (ours.first_sample(3), ours.epochs_at(3)) == (24, 24 / 13)
+    assert (ours.batch_size_at(3), ours.epochs_at(3)) == (8, 24 / 13)
 
 
 def test_a_batch_larger_than_the_data_takes_several_epochs():
@@ -274,6 +161,62 @@ def test_a_batch_is_the_same_whenever_it_is_asked_for():
     first = ours.at_step(5)[0].input_ids_BL
     ours.at_step(0)
     assert torch.equal(ours.at_step(5)[0].input_ids_BL, first)
+
+
+# Lengths 6 (twice as many sequences), 10 and 6 again, with batches of 4, 8 and 2.
+PHASES = (Phase(0, 3, 6, 4), Phase(3, 5, 10, 8), Phase(5, 7, 6, 2), Phase(7, 100, 10, 8))
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, 1), (1, 1)])
+def test_phases_cut_the_same_samples_for_any_world(ranks, micro):
+    whole = batches(13, 8, phases=PHASES, micro=2)
+    for step in range(10):
+        phase = whole.schedule.phase_at(step)
+        parts = [
+            batches(13, 8, ranks, micro, rank, phases=PHASES).at_step(step) for rank in range(ranks)
+        ]
+        assert {len(part) for part in parts} == {phase.train_batch_size // (ranks * micro)}
+        shapes = {batch.input_ids_BL.shape for part in parts for batch in part}
+        assert shapes == {(micro, phase.sequence_length)}
+        interleaved = [identities([part[k]]) for k in range(len(parts[0])) for part in parts]
+        assert [*chain(*interleaved)] == identities(whole.at_step(step))
+
+
+def test_each_length_walks_through_its_own_epochs():
+    ours = batches(13, 8, phases=PHASES, micro=2)
+    seen = {6: [], 10: []}
+    for step in range(10):
+        seen[ours.schedule.phase_at(step).sequence_length] += identities(ours.at_step(step))
+    for length, names in seen.items():
+        size = ours.streams[length].num_sequences
+        order = ours.orders[length].samples(np.arange(len(names), dtype=np.int64))
+        assert names == [
+            sample_words(e, s) for e, s in zip(*map(np.ndarray.tolist, order), strict=True)
+        ]
+        assert len(set(names)) == len(names)
+        assert len(names) > size or length == 6
+    assert (len(seen[6]), len(seen[10])) == (16, 40)
+    assert ours.epochs_at(10) == pytest.approx(16 / 26 + 40 / 13)
+    assert ours.epochs_at(4) == pytest.approx(12 / 26 + 8 / 13)
+    assert [ours.batch_size_at(step) for step in (2, 3, 6, 7)] == [4, 8, 2, 8]
+
+
+def test_the_configuration_orders_the_batches():
+    """The phases, order and rank of a run come from its configuration and plan."""
+    demo = load_run_config("demo", ["data.block_sequences=4", "data.window_blocks=3", "run.seed=5"])
+    phase = {"until_step": 3, "sequence_length": 16, "train_batch_size": 4}
+    document = demo.model_dump()
+    document["schedule"]["phases"] = [phase]
+    config = type(demo).model_validate(document)
+    lengths = config.sequence_lengths
+    assert lengths == (16, demo.data.sequence_length)
+    streams = {length: stream(9000, length) for length in lengths}
+    ours = train_batches(config, BatchPlan(2, 2, 4, 16), streams, rank=1)
+    assert ours.orders[16] == SampleOrder(streams[16].num_sequences, 5, 16, 4, 3)
+    assert [len(ours.at_step(step)) for step in (0, 2, 3)] == [1, 1, 4]
+    assert ours.at_step(3)[0].input_ids_BL.shape == (2, demo.data.sequence_length)
+    other = train_batches(config, BatchPlan(2, 2, 4, 16), streams, rank=0)
+    assert not set(identities(ours.at_step(3))) & set(identities(other.at_step(3)))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 8, 9, 16])
@@ -294,52 +237,3 @@ def test_heldout_batches(count, ranks, limit):
         for batch, is_real in share:
             assert 1 <= len(batch.lengths_B) <= (3 if is_real else 1)
             assert (batch.sample_words_B2[:, 1] == 0).all(), "the same masks every time"
-
-
-def test_the_prefetcher_gives_every_step_in_order():
-    ours = batches(29, 8)
-    prefetcher = Prefetcher(ours, 3, 9, depth=2)
-    try:
-        for step in range(3, 9):
-            assert identities(prefetcher.next()) == identities(ours.at_step(step))
-    finally:
-        prefetcher.close()
-    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
-
-
-class Counting:
-    """Batches that note which steps were read, and fail at one."""
-
-    def __init__(self, fails_at=None):
-        self.fails_at = fails_at
-        self.read = []
-
-    def at_step(self, step):
-        if step == self.fails_at:
-            raise CorruptError(f"step {step} is damaged")
-        self.read.append(step)
-        return [step]
-
-
-def test_the_prefetcher_carries_an_error_to_its_step():
-    prefetcher = Prefetcher(Counting(fails_at=2), 0, 10)
-    try:
-        assert [prefetcher.next(), prefetcher.next()] == [[0], [1]]
-        with pytest.raises(CorruptError, match="step 2 is damaged"):
-            prefetcher.next()
-    finally:
-        prefetcher.close()
-
-
-def test_the_prefetcher_reads_ahead_no_further_than_its_depth():
-    counting = Counting()
-    prefetcher = Prefetcher(counting, 0, 1000, depth=3)
-    deadline = time.monotonic() + 10
-    while len(counting.read) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert counting.read == [0, 1, 2, 3]  # three in the queue and one in hand
-    started = time.monotonic()
-    prefetcher.close()
-    assert time.monotonic() - started < 5
-    assert counting.read == [0, 1, 2, 3]

@@ -142,7 +142,7 @@ def test_explain():
     assert lines[1] == (
         "precision: bf16, gradients added in fp32; ZeRO stage 2, optimizer state in CPU memory"
     )
-    assert lines[2] == "clipping: global norm 1, of each network by itself"
+    assert lines[2] == "clipping: global norm 1, of each optimizer by itself"
     assert lines[3].endswith(
         "plus gradient_accumulation_steps=16, zero_allow_untested_optimizer=true"
     )

@@ -26,8 +26,8 @@ SETTINGS = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3,
 def run_two_steps(one):
     for step in range(2):
         result = one.run(step)
-        assert result.generator.applied
-        assert result.discriminator.applied
+        assert result.outcomes["generator"].applied
+        assert result.outcomes["discriminator"].applied
 
 
 def write(engine, folder):
@@ -46,7 +46,7 @@ def trained(world, tmp_path_factory):
             one = rig(world, stage=stage, precision=precision)
             run_two_steps(one)
             folder = tmp_path_factory.mktemp("state")
-            written = {n: write(e, folder / n) for n, e in one.engines.items().items()}
+            written = {n: write(e, folder / n) for n, e in one.engines.by_name.items()}
             rigs[stage, precision] = one, written
         return rigs[stage, precision]
 
@@ -58,7 +58,7 @@ def plain(trained):
     """The state after two steps from torch's own objects, which stage 0 leaves as they are."""
     one, _ = trained(0, "fp32")
     result = {}
-    for network, engine in one.engines.items().items():
+    for network, engine in one.engines.by_name.items():
         adam = engine.optimizer.state
         for name, p in engine.module.named_parameters():
             kinds = {WEIGHT: p.detach().clone(), **{k: adam[p][k].clone() for k in MOMENTS}}
@@ -71,7 +71,7 @@ def test_every_stage_writes_the_same_state(trained, plain, stage, precision):
     one, written = trained(stage, precision)
     for network, reader in written.items():
         assert reader.names == sorted(name for n, name in plain if n == network)
-        assert scalar_state(getattr(one.engines, network)) == {"adam_step": 2, "loss_scaler": {}}
+        assert scalar_state(one.engines.by_name[network]) == {"adam_step": 2, "loss_scaler": {}}
     for (network, name), kinds in plain.items():
         shape = kinds[WEIGHT].shape
         for kind, expected in kinds.items():
@@ -87,7 +87,7 @@ def test_every_stage_writes_the_same_state(trained, plain, stage, precision):
 def test_weights_are_the_module_s(trained, stage, precision):
     one, written = trained(stage, precision)
     for network, reader in written.items():
-        parameters = dict(getattr(one.engines, network).module.named_parameters())
+        parameters = dict(one.engines.by_name[network].module.named_parameters())
         shapes = {
             name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()
         }
@@ -103,7 +103,7 @@ def test_weights_are_the_module_s(trained, stage, precision):
 def test_state_moves_between_stages_without_a_rounding(world, trained, source, target, tmp_path):
     _, written = trained(*source)
     second = rig(world, stage=target[0], precision=target[1])
-    for network, engine in second.engines.items().items():
+    for network, engine in second.engines.by_name.items():
         reader = written[network]
         restore_state(engine, 0, reader, {"adam_step": 2, "loss_scaler": {}})
         assert scalar_state(engine)["adam_step"] == 2
@@ -119,9 +119,9 @@ def test_state_moves_between_stages_without_a_rounding(world, trained, source, t
 @pytest.mark.parametrize(("stage", "precision"), SETTINGS)
 def test_state_can_be_written_before_the_first_step(world, stage, precision, tmp_path):
     one = rig(world, stage=stage, precision=precision)
-    reader = write(one.engines.generator, tmp_path / "generator")
-    assert scalar_state(one.engines.generator)["adam_step"] == 0
-    for name, parameter in one.engines.generator.module.named_parameters():
+    reader = write(one.engines.by_name["generator"], tmp_path / "generator")
+    assert scalar_state(one.engines.by_name["generator"])["adam_step"] == 0
+    for name, parameter in one.module("generator").named_parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())
         assert not any(reader.read(name, kind, 0, count).any() for kind in MOMENTS)
     run_two_steps(one)
@@ -132,19 +132,19 @@ def test_a_restored_engine_goes_on_bit_for_bit(world, trained, stage, precision)
     _, written = trained(stage, precision)
     undisturbed = rig(world, stage=stage, precision=precision)
     run_two_steps(undisturbed)
-    networks = dict(zip(NETWORKS, small_pair(), strict=True))
-    for network, module in networks.items():
+    pair = small_pair()
+    for network, module in pair.trained_modules().items():
         shapes = {name: p.shape for name, p in module.named_parameters()}
         for name, weight in written[network].weights(shapes).items():
             module.get_parameter(name).data.copy_(weight)
-    resumed = rig(world, stage=stage, precision=precision, networks=list(networks.values()))
-    for network, engine in resumed.engines.items().items():
+    resumed = rig(world, stage=stage, precision=precision, pair=pair)
+    for network, engine in resumed.engines.by_name.items():
         restore_state(engine, 0, written[network], {"adam_step": 2, "loss_scaler": {}})
     left, right = undisturbed.run(2), resumed.run(2)
     assert torch.equal(left.sums, right.sums)
-    assert (left.generator, left.discriminator) == (right.generator, right.discriminator)
+    assert left.outcomes == right.outcomes
     for network in NETWORKS:
-        engines = (getattr(one.engines, network) for one in (undisturbed, resumed))
+        engines = (one.engines.by_name[network] for one in (undisturbed, resumed))
         for one, two in zip(*(local_slices(engine, 0) for engine in engines), strict=True):
             assert all(torch.equal(one.tensors[k], two.tensors[k]) for k in KINDS), one.name
 

@@ -55,14 +55,15 @@ def test_run_commit_and_export_have_the_same_figures(random_run, exported, datas
 def test_heldout_mlm_loss_by_hand(random_run, dataset_folder):
     """The first sequence's loss from whole logits, with the masks of the run's seed."""
     from pipeline.data import SequenceStream
-    from pipeline.step import ObjectiveKeys
+    from pipeline.masking import MaskingVocabulary
+    from pipeline.objective_keys import ObjectiveKeys
 
-    generator, config = random_run.networks[0], random_run.config
+    generator, config = random_run.pair.generator, random_run.config
     dataset = Dataset.open(dataset_folder)
-    mask_id = Tokenizer.load(dataset_folder / "tokenizer").mask_id
+    vocabulary = MaskingVocabulary.from_tokenizer(Tokenizer.load(dataset_folder / "tokenizer"))
     one = np.zeros(1, dtype=np.int64)
     batch = SequenceStream(dataset, "heldout", 40).batch(one, one)
-    slots = ObjectiveKeys(config.objective, 5, 40, mask_id, "heldout").mask(batch)
+    slots = ObjectiveKeys(config.objective, 5, 40, vocabulary, "heldout").mask(batch)
     embeddings, head = generator.deberta.embeddings, generator.lm_predictions.lm_head
     with torch.no_grad():
         decoded = generator.deberta.encoder.decode(

@@ -17,7 +17,7 @@ from data_prep.tokenizer import Tokenizer
 from pipeline import export, export_reload
 from pipeline.commands_export import export_command
 from pipeline.export import export_run, find_commit
-from pipeline.hf_layout import networks_from_tensors, read_tensors
+from pipeline.hf_layout import pair_from_tensors, read_tensors
 from tests.commits import flip_a_byte, padded_ids, run_config, write_commit
 
 transformers_logging.disable_progress_bar()
@@ -36,7 +36,7 @@ FILES = {
 
 
 def merged_table(random_run):
-    generator, discriminator = random_run.networks
+    generator, discriminator = random_run.pair.generator, random_run.pair.discriminator
     base = generator.deberta.embeddings.word_embeddings.weight
     return (base + discriminator.deberta.embeddings.word_embeddings._weight).detach()
 
@@ -82,7 +82,7 @@ def test_config_is_that_of_the_released_models(exported, random_run):
 
 def test_discriminator_tensors(exported, random_run):
     tensors = load_file(exported.folder / "discriminator" / "model.safetensors")
-    theirs = dict(random_run.networks[1].named_parameters())
+    theirs = dict(random_run.pair.discriminator.named_parameters())
     del theirs["deberta.embeddings.word_embeddings._weight"]
     theirs["deberta.embeddings.word_embeddings.weight"] = merged_table(random_run)
     assert tensors.keys() == theirs.keys()
@@ -93,7 +93,7 @@ def test_discriminator_tensors(exported, random_run):
 
 def test_generator_tensors(exported, random_run):
     tensors = load_file(exported.folder / "generator" / "model.safetensors")
-    theirs = dict(random_run.networks[0].named_parameters())
+    theirs = dict(random_run.pair.generator.named_parameters())
     assert tensors.keys() == theirs.keys()
     assert "deberta.embeddings.position_embeddings.weight" in tensors
     assert "lm_predictions.lm_head.dense.weight" in tensors
@@ -108,10 +108,11 @@ def test_auto_model_loads_the_discriminator(exported, random_run):
     assert loading["missing_keys"] == set()
     assert all(key.startswith("mask_predictions.") for key in loading["unexpected_keys"])
     ids, mask = padded_ids(random_run.config.model.vocab_size)
-    generator, discriminator = random_run.networks
+    pair = random_run.pair
     with torch.no_grad():
         found = model.eval()(ids, attention_mask=mask.long()).last_hidden_state
-        expected = discriminator.encode(ids, generator.token_embeddings(ids), mask)
+        rows = pair.generator.token_embeddings(ids)
+        expected = pair.discriminator.encode(ids, rows, mask)
     torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-5)
 
 
@@ -122,7 +123,7 @@ def test_auto_model_loads_the_generator(exported, random_run):
     assert loading["missing_keys"] == set()
     assert all("position_embeddings" in key for key in loading["unexpected_keys"])
     ids, mask = padded_ids(random_run.config.model.vocab_size)
-    generator = random_run.networks[0]
+    generator = random_run.pair.generator
     with torch.no_grad():
         found = model.eval().deberta(ids, attention_mask=mask.long()).last_hidden_state
         expected = generator.encode(ids, mask)
@@ -149,7 +150,7 @@ def test_report(exported, random_run):
         assert 0 < parity.max_difference <= {"float32": 1e-5, "float64": 1e-9}[dtype]
     assert report.verification.texts >= 8
     assert report.verification.tokens > 160
-    size = sum(p.numel() for p in random_run.networks[1].parameters())
+    size = sum(p.numel() for p in random_run.pair.discriminator.parameters())
     assert report.parameters["discriminator"] == size
     json.dumps(report.to_dict())
 
@@ -164,7 +165,7 @@ def test_card(exported, random_run):
         assert name in card.data.tags
         assert "| mlm_loss | 6.2500 |" in card.text
         assert "At step 40" in card.text
-        assert "12,800 (320 a step)" in card.text
+        assert "| tokens seen | 12,800 |" in card.text
         assert "torch 0.0-test" in card.text
         assert "secret-host" not in card.text
     fingerprint = find_commit(random_run.commit).read_json("train_state.json")["identity"]
@@ -336,30 +337,28 @@ def test_tokenizer_without_its_hugging_face_form(dataset_folder, tmp_path):
 
 
 def test_weights_that_no_export_can_hold(random_run):
-    generator, discriminator = random_run.networks
+    pair, generator = random_run.pair, random_run.pair.generator
     bias = generator.lm_predictions.lm_head.bias
     kept = bias.detach().clone()
     try:
         bias.data[0] = 1e5
         with pytest.raises(UserError, match=r"lm_head.bias holds 1e\+05, too large for fp16: use"):
-            export.repository_tensors(generator, discriminator, "fp16")
-        export.repository_tensors(generator, discriminator, "bf16")
+            export.repository_tensors(pair, random_run.config, "fp16")
+        export.repository_tensors(pair, random_run.config, "bf16")
         bias.data[0] = torch.nan
         with pytest.raises(UserError, match=r"lm_head.bias holds values that are not finite"):
-            export.repository_tensors(generator, discriminator, "bf16")
+            export.repository_tensors(pair, random_run.config, "bf16")
     finally:
         bias.data.copy_(kept)
 
 
 def test_networks_from_an_export(exported, random_run):
     tensors = {n: read_tensors(exported.folder / n) for n in ("discriminator", "generator")}
-    generator, discriminator = networks_from_tensors(random_run.config, tensors)
-    for mine, theirs in zip((generator, discriminator), random_run.networks, strict=True):
-        for (name, found), expected in zip(
-            mine.named_parameters(), theirs.parameters(), strict=True
-        ):
-            atol = 1e-6 if name.endswith("_weight") else 0.0
-            torch.testing.assert_close(found, expected, rtol=0, atol=atol, msg=name)
+    pair = pair_from_tensors(random_run.config, tensors)
+    theirs = random_run.pair.parameters()
+    for (name, found), expected in zip(pair.named_parameters(), theirs, strict=True):
+        atol = 1e-6 if name.endswith("_weight") else 0.0
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +372,7 @@ def test_export_without_a_tensor(network, key, message, exported, random_run):
     tensors = {n: read_tensors(exported.folder / n) for n in ("discriminator", "generator")}
     del tensors[network][key]
     with pytest.raises(CorruptError, match=rf"^{network}/model.safetensors.*{message}"):
-        networks_from_tensors(random_run.config, tensors)
+        pair_from_tensors(random_run.config, tensors)
 
 
 def test_damaged_weights_file(exported, tmp_path):

@@ -10,9 +10,10 @@ from sklearn.metrics import roc_auc_score
 from pipeline.config import ObjectiveSection
 from pipeline.data import SequenceStream
 from pipeline.evaluate.heldout import RocHistogram, evaluate_heldout
+from pipeline.objective_keys import ObjectiveKeys
 from pipeline.rtd import gumbel_noise
 from pipeline.runtime import World
-from pipeline.step import ObjectiveKeys
+from tests.engines import VOCABULARY, small_pair
 from tests.reference import small_networks
 from tests.reference.rtd_plain import discriminator_step, generator_step
 
@@ -79,14 +80,11 @@ class Tokens:
 
 
 def evaluate(num_tokens, max_sequences=100, batch_size=3, **options):
-    generator = small_networks.generator(layers=2)
-    discriminator = small_networks.discriminator(layers=2)
+    pair = small_pair()
     stream = SequenceStream(Tokens(num_tokens), "heldout", LENGTH)
-    keys = ObjectiveKeys(ObjectiveSection(), 3, LENGTH, small_networks.MASK_ID, "heldout")
+    keys = ObjectiveKeys(ObjectiveSection(), 3, LENGTH, VOCABULARY, "heldout")
     figures = evaluate_heldout(
-        generator,
-        generator.token_embeddings,
-        discriminator,
+        pair.predict,
         stream=stream,
         keys=keys,
         max_sequences=max_sequences,
@@ -94,7 +92,7 @@ def evaluate(num_tokens, max_sequences=100, batch_size=3, **options):
         world=options.pop("world", ALONE),
         **options,
     )
-    return figures, stream, keys, generator, discriminator
+    return figures, stream, keys, pair.generator, pair.discriminator
 
 
 @pytest.mark.parametrize(("num_tokens", "max_sequences"), [(67, 100), (67, 5), (200, 8)])

@@ -1,16 +1,21 @@
-"""The masking laws: exact counts, every position alike, and the released law with its bare tail."""
+"""The masking laws for single tokens, and what stands in the masked slots."""
 
 import random
 
 import pytest
 import torch
+from scipy import stats
 
+from data_prep.tokenizer import Tokenizer
+from pipeline.config import ObjectiveSection
 from pipeline.counter_rng import position_words, sample_words, stream_key
-from pipeline.masking import choose_masks, num_masked_slots
+from pipeline.masking import MaskingVocabulary, MaskKeys, choose_masks, num_masked_slots
 
 SPECIAL = (0, 1, 2, 3, 60)  # pad, cls, sep, unk, mask
 MASK_ID = 60
-KEY = stream_key(7, "mask/test")
+KEYS = MaskKeys.derive(7, "test", 0)._replace(place=stream_key(7, "mask/test"))
+KEY = KEYS.place
+VOCABULARY = MaskingVocabulary(MASK_ID)
 LAWS = ["uniform", "windowed"]
 
 
@@ -30,17 +35,9 @@ def sequences(lengths, width, specials_inside=0):
     return ids, torch.tensor(lengths)
 
 
-def masked(ids, lengths, samples, law="uniform", mask_prob=0.15, key=KEY):
-    return choose_masks(
-        ids,
-        lengths,
-        samples,
-        key=key,
-        mask_prob=mask_prob,
-        law=law,
-        special_ids=SPECIAL,
-        mask_id=MASK_ID,
-    )
+def masked(ids, lengths, samples, law="uniform", mask_prob=0.15, keys=KEYS, **objective):
+    section = ObjectiveSection(masking_law=law, mask_prob=mask_prob, **objective)
+    return choose_masks(ids, lengths, samples, section, keys, VOCABULARY)
 
 
 def full(count, length=512, law="uniform", mask_prob=0.15):
@@ -55,7 +52,9 @@ def full(count, length=512, law="uniform", mask_prob=0.15):
     [(512, 0.15, 77), (256, 0.15, 38), (128, 0.15, 19), (8, 0.15, 1), (8, 0.01, 1), (10, 0.5, 5)],
 )
 def test_number_of_slots(length, mask_prob, expected):
-    assert num_masked_slots(length, mask_prob) == expected
+    for law in LAWS:
+        objective = ObjectiveSection(mask_prob=mask_prob, masking_law=law)
+        assert num_masked_slots(length, objective) == expected
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -69,7 +68,10 @@ def test_the_batch_is_consistent(law, mask_prob):
     lengths = [40, 39, 22, 9, 3, 40]
     ids, lengths_B = sequences(lengths, 40, specials_inside=1)
     batch = masked(ids, lengths_B, words(range(6)), law, mask_prob)
-    assert batch.positions_BK.shape == (6, num_masked_slots(40, mask_prob))
+    assert batch.positions_BK.shape == (
+        6,
+        num_masked_slots(40, ObjectiveSection(mask_prob=mask_prob)),
+    )
     for row, length in enumerate(lengths):
         maskable = [p for p in range(length) if ids[row, p] not in SPECIAL]
         quota = max(1, round(mask_prob * length))
@@ -98,7 +100,7 @@ def test_a_sequence_without_maskable_tokens_has_no_slot():
 def test_uniform_reaches_every_position_equally_often():
     count, length = 20_000, 64
     chosen = full(count, length)
-    maskable, slots = length - 2, num_masked_slots(length, 0.15)
+    maskable, slots = length - 2, num_masked_slots(length, ObjectiveSection())
     share = slots / maskable
     times = chosen[:, 1:-1].sum(0).double()
     assert not chosen[:, [0, -1]].any()
@@ -219,7 +221,7 @@ def test_masks_differ_by_sample_epoch_and_stream(law):
     samples = torch.tensor([sample_words(*i) for i in ((0, 0), (0, 1), (1, 0), (0, 2**32))])
     here = masked(ids, lengths, samples, law).masked_ids_BL
     assert len({tuple(row) for row in here.tolist()}) == 4
-    other = masked(ids, lengths, samples, law, key=stream_key(8, "mask/test")).masked_ids_BL
+    other = masked(ids, lengths, samples, law, keys=MaskKeys.derive(8, "test", 0)).masked_ids_BL
     assert not any(torch.equal(a, b) for a, b in zip(here, other, strict=True))
 
 
@@ -235,3 +237,90 @@ def test_golden_positions(law, expected):
     ids, lengths = sequences([40, 31], 40)
     samples = torch.tensor([sample_words(0, 0), sample_words(3, 2**33 + 5)])
     assert masked(ids, lengths, samples, law).positions_BK.tolist() == expected
+
+
+def bert(mask=0.8, chance=0.1, count=4_000, **changes):
+    """Sequences masked with replacements, and which of their positions were chosen."""
+    ids, lengths = sequences([64] * count, 64, specials_inside=3)
+    samples = words(range(count))
+    batch = masked(ids, lengths, samples, mask_token_prob=mask, random_token_prob=chance, **changes)
+    plain = masked(ids, lengths, samples)
+    return ids, batch, plain.masked_ids_BL == MASK_ID
+
+
+@pytest.mark.parametrize(("mask", "chance"), [(0.8, 0.1), (0.85, 0.0), (0.0, 1.0), (0.5, 0.5)])
+def test_chosen_tokens_become_mask_a_random_token_or_stay(mask, chance):
+    ids, batch, chosen = bert(mask, chance)
+    assert torch.equal(batch.masked_ids_BL[~chosen], ids[~chosen])
+    seen, original = batch.masked_ids_BL[chosen], ids[chosen]
+    count = len(seen)
+    # A random token is the original one once in 56 times.
+    shares = {"mask": mask, "random": chance * 55 / 56, "same": 1 - mask - chance * 55 / 56}
+    times = {"mask": int((seen == MASK_ID).sum()), "same": int((seen == original).sum())}
+    times["random"] = count - sum(times.values())
+    for name, share in shares.items():
+        assert abs(times[name] - count * share) <= 5 * (count * share * (1 - share)) ** 0.5, name
+
+
+def test_replacements_change_neither_slots_nor_targets():
+    ids, batch, _ = bert()
+    plain = masked(ids, torch.full((len(ids),), 64), words(range(len(ids))))
+    assert torch.equal(batch.positions_BK, plain.positions_BK)
+    assert torch.equal(batch.valid_BK, plain.valid_BK)
+    assert torch.equal(batch.targets_BK, plain.targets_BK)
+    assert not torch.equal(batch.masked_ids_BL, plain.masked_ids_BL)
+
+
+def test_random_tokens_are_the_pieces_of_text_each_alike():
+    _, batch, chosen = bert(mask=0.0, chance=1.0)
+    times = torch.bincount(batch.masked_ids_BL[chosen], minlength=MASK_ID + 10)
+    assert times[:4].sum() == times[MASK_ID:].sum() == 0
+    assert stats.chisquare(times[4:MASK_ID].numpy()).pvalue > 1e-4
+
+
+def test_a_replacement_does_not_tell_the_token_that_it_replaces_or_its_place():
+    ids, batch, chosen = bert(mask=0.0, chance=1.0, count=20_000)
+    tables = [(ids[chosen] % 8, batch.masked_ids_BL[chosen] % 8)]
+    place = torch.arange(64).expand_as(ids)[chosen]
+    tables.append((place % 8, batch.masked_ids_BL[chosen] % 8))
+    for left, right in tables:
+        table = torch.bincount(left * 8 + right, minlength=64).view(8, 8)
+        assert stats.chi2_contingency(table.numpy()).pvalue > 1e-4
+
+
+def test_replacements_are_a_function_of_sample_and_epoch():
+    ids, lengths = sequences([64] * 3, 64)
+    ids[:] = ids[0]
+    samples = torch.tensor([sample_words(0, 5), sample_words(1, 5), sample_words(0, 5)])
+    batch = masked(ids, lengths, samples, mask_token_prob=0.4, random_token_prob=0.3)
+    first, second, again = batch.masked_ids_BL
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    alone = masked(ids[1:2], lengths[1:2], samples[1:2], mask_token_prob=0.4, random_token_prob=0.3)
+    assert torch.equal(alone.masked_ids_BL[0], second)
+
+
+def test_the_streams_of_masks_are_all_different():
+    keys = {
+        key
+        for seed in (1, 2)
+        for split in ("train", "heldout")
+        for length in (128, 512)
+        for key in MaskKeys.derive(seed, split, length)
+    }
+    assert len(keys) == 4 * 8
+    assert MaskKeys.derive(1, "train", 512).place == stream_key(1, "mask/train", 512)
+
+
+def test_the_vocabulary_of_a_tokenizer(tokenizer_folder):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    vocabulary = MaskingVocabulary.from_tokenizer(tokenizer)
+    assert vocabulary.special_ids == (0, 1, 2, 3, tokenizer.num_pieces)
+    assert vocabulary.text_ids == range(4, tokenizer.num_pieces)
+    assert vocabulary.is_word_start_V is not None
+    assert vocabulary.is_word_start_V.tolist() == tokenizer.is_word_start.tolist()
+    assert vocabulary.to(torch.device("cpu")) is vocabulary
+    moved = vocabulary.to(torch.device("meta"))
+    assert moved.is_word_start_V is not None
+    assert (moved.is_word_start_V.device.type, moved.mask_id) == ("meta", vocabulary.mask_id)
+    assert VOCABULARY.to(torch.device("meta")) is VOCABULARY

@@ -12,6 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.metrics import FIELDS, IntervalSums, MetricsWriter, StepSums, ratios
+from pipeline.modeling.networks import RtdOutput
+from pipeline.modeling.vocabulary_head import MlmOutput
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -62,8 +64,9 @@ def test_hits_of_the_discriminator_by_hand():
     is_replaced = (torch.rand(3, 7, generator=generator) < 0.5) & is_token
     is_replaced[0, 0] = False
     sums = StepSums(CPU)
-    sums.add_discriminator(logits, is_replaced, is_token)
-    counted = dict.fromkeys(FIELDS, 0)
+    output = RtdOutput(torch.tensor(2.5), logits)
+    sums.add_discriminator(output, is_replaced, is_token)
+    counted = {**dict.fromkeys(FIELDS, 0), "rtd_loss_sum": 2.5}
     for row in range(3):
         for column in range(7):
             if not is_token[row, column]:
@@ -75,6 +78,25 @@ def test_hits_of_the_discriminator_by_hand():
             counted[f"rtd_correct_{kind}"] += says == kind
     assert dict(zip(FIELDS, sums.vector.tolist(), strict=True)) == counted
     assert counted["rtd_correct_replaced"] not in (0, counted["replaced_tokens"])
+
+
+def test_hits_of_the_generator():
+    sums = StepSums(CPU)
+    valid = torch.tensor([[True, True], [True, False]])
+    sums.add_generator(MlmOutput(torch.tensor(7.5), None, torch.tensor(2.0)), valid)
+    named = dict(zip(FIELDS, sums.vector.tolist(), strict=True))
+    assert {k: v for k, v in named.items() if v} == {
+        "mlm_loss_sum": 7.5,
+        "mlm_correct": 2,
+        "masked_tokens": 3,
+    }
+
+
+def test_without_padding_every_token_counts():
+    sums = StepSums(CPU)
+    output = RtdOutput(torch.tensor(1.0), torch.ones(2, 3))
+    sums.add_discriminator(output, torch.zeros(2, 3, dtype=torch.bool), None)
+    assert sums.vector[FIELDS.index("tokens")] == 6
 
 
 def test_sums_add_up_in_double_precision():

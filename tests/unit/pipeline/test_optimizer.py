@@ -1,4 +1,7 @@
-"""Parameter groups, the choice of AdamW, and the guard against non-finite steps."""
+"""Parameter groups, the choice of AdamW, steps without bias correction, and non-finite steps."""
+
+import copy
+import shutil
 
 import pytest
 import torch
@@ -6,7 +9,13 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from pipeline.config import OptimizerSection
-from pipeline.optimizer import FiniteGuardAdamW, build_optimizer, parameter_groups
+from pipeline.optimizer import (
+    FiniteGuardAdamW,
+    UncorrectedAdamW,
+    build_optimizer,
+    parameter_groups,
+)
+from tests.reference.plain_adamw import PlainAdamW
 
 SECTION = OptimizerSection(
     generator_learning_rate=1e-3,
@@ -14,6 +23,9 @@ SECTION = OptimizerSection(
     betas=(0.8, 0.95),
     eps=1e-5,
     weight_decay=0.01,
+)
+RELEASED = OptimizerSection(  # the released code's constants
+    generator_learning_rate=1e-3, betas=(0.9, 0.999), weight_decay=0.01, bias_correction=False
 )
 DECAYS = [
     "deberta.embeddings.word_embeddings.weight",
@@ -53,10 +65,10 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
     assert len(group["params"]) == 1
 
 
-def build(parameters, **options):
+def build(parameters, section=SECTION, **options):
     groups = parameter_groups([(f"w{i}", p) for i, p in enumerate(parameters)], 0.01)
     defaults = {"learning_rate": 0.1, "device_type": "cpu", "zero_stage": 1}
-    return build_optimizer(groups, SECTION, **(defaults | options))
+    return build_optimizer(groups, section, **(defaults | options))
 
 
 def test_the_runs_constants_reach_adam():
@@ -78,6 +90,131 @@ def test_the_class_follows_stage_device_and_offload():
     assert type(offloaded) is CpuAdam
     assert offloaded.defaults["adamw_mode"] is True
     assert offloaded.defaults["betas"] == (0.8, 0.95)
+    assert offloaded.defaults["bias_correction"] is True
+    offloaded = build(weights(1.0), RELEASED, zero_stage=2, cpu_offload_class=CpuAdam)
+    assert offloaded.defaults["bias_correction"] is False
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_without_bias_correction_there_are_classes_of_their_own(device_type):
+    plain, guarded = (
+        build(weights(1.0), RELEASED, zero_stage=stage, device_type=device_type) for stage in (1, 0)
+    )
+    assert type(plain) is UncorrectedAdamW
+    assert isinstance(guarded, FiniteGuardAdamW)
+    assert isinstance(guarded, UncorrectedAdamW)
+    assert guarded.defaults["fused"] is (device_type == "cuda")
+
+
+def test_an_uncorrected_first_step_by_hand():
+    """m = 0.1 g, v = 0.001 g^2, so w - r (0.1 / sqrt(0.001) sign(g) + d w): 3.16 rates long."""
+    (weight,) = weights(2.0)
+    optimizer = build([weight], RELEASED)
+    weight.grad = torch.tensor([-0.5])
+    optimizer.step()
+    assert weight.item() == pytest.approx(2.0 - 0.1 * (-(10**0.5) + 0.01 * 2.0), rel=1e-5)
+
+
+RATES = [0.0, 1e-3, 2e-3, *[3e-3] * 20]
+
+
+def steps_of(optimizer, parameters, rates, *, infinite_at=()):
+    """Take steps with random gradients; some of them with one that is not finite."""
+    generator = torch.Generator().manual_seed(3)
+    for number, rate in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for parameter in parameters.values():
+            scale = torch.rand((), generator=generator).item() ** 4  # from tiny to ordinary
+            parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+        if number in infinite_at:
+            parameter.grad[0] = float("inf")
+        yield {name: p.grad.clone() for name, p in parameters.items()}, rate
+
+
+@pytest.mark.parametrize("section", [RELEASED, SECTION], ids=["uncorrected", "corrected"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_many_steps_equal_the_plain_formula(section, fused, stage):
+    """Both kernels, both classes; at stage 0 with steps in between that count for nothing."""
+    skipped = {4, 5, 9} if stage == 0 else set()
+    torch.manual_seed(1)
+    parameters = {name: nn.Parameter(torch.randn(7)) for name in ("a.weight", "a.bias")}
+    expected = {name: p.detach().double() for name, p in parameters.items()}
+    reference = PlainAdamW(expected, section)
+    optimizer = build_optimizer(
+        parameter_groups(parameters.items(), section.weight_decay),
+        section,
+        learning_rate=1.0,
+        device_type="cuda" if fused else "cpu",
+        zero_stage=stage,
+    )
+    walk = steps_of(optimizer, parameters, RATES, infinite_at=skipped)
+    for number, (gradients, rate) in enumerate(walk):
+        optimizer.step()
+        if number not in skipped:
+            gradients = {name: gradient.double() for name, gradient in gradients.items()}
+            reference.step(gradients, dict.fromkeys(expected, rate))
+        for name, weight in expected.items():
+            torch.testing.assert_close(
+                parameters[name].detach().double(), weight, rtol=0, atol=1e-6
+            )
+    assert reference.steps == len(RATES) - len(skipped)
+    assert optimizer.state[parameters["a.bias"]]["step"] == reference.steps
+
+
+def test_an_uncorrected_step_leaves_the_written_constants():
+    parameters = {"a.weight": nn.Parameter(torch.ones(3))}
+    optimizer = build(parameters.values(), RELEASED)
+    for _, rate in steps_of(optimizer, parameters, RATES[:3]):
+        optimizer.step()
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["eps"], group["weight_decay"]) == (rate, 1e-6, 0.01)
+
+
+def test_a_restored_counter_is_the_uncorrected_one_s():
+    """As `pipeline.engine_state` restores it: t comes from the state, not from the object."""
+    first, second = ({"w": nn.Parameter(torch.ones(5))} for _ in range(2))
+    optimizer, resumed = (build(p.values(), RELEASED) for p in (first, second))
+    walk = list(steps_of(optimizer, first, RATES[:6]))
+    for number, (gradients, rate) in enumerate(walk):
+        if number == 3:
+            second["w"].data.copy_(first["w"])
+            resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for one, parameters in ((optimizer, first), (resumed, second)):
+            if one is optimizer or number >= 3:
+                one.param_groups[0]["lr"] = rate
+                parameters["w"].grad = gradients["w"]
+                one.step()
+    assert torch.equal(first["w"], second["w"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed compiles its CPU Adam on first use")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("section", [RELEASED, SECTION], ids=["uncorrected", "corrected"])
+def test_deepspeed_s_cpu_adam_equals_the_plain_formula(section):
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    parameters = {name: nn.Parameter(torch.ones(70)) for name in ("a.weight", "a.bias")}
+    expected = {name: p.detach().double() for name, p in parameters.items()}
+    reference = PlainAdamW(expected, section)
+    optimizer = build_optimizer(
+        parameter_groups(parameters.items(), section.weight_decay),
+        section,
+        learning_rate=1.0,
+        device_type="cuda",
+        zero_stage=2,
+        cpu_offload_class=DeepSpeedCPUAdam,
+    )
+    for gradients, rate in steps_of(optimizer, parameters, RATES):
+        optimizer.step()
+        gradients = {name: gradient.double() for name, gradient in gradients.items()}
+        reference.step(gradients, dict.fromkeys(expected, rate))
+    for name, weight in expected.items():
+        # 23 roundings of about 1; with the other correction the weights differ by 1e-2.
+        torch.testing.assert_close(parameters[name].detach().double(), weight, rtol=0, atol=3e-6)
 
 
 def test_a_step_by_hand():

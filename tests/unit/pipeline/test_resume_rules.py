@@ -17,6 +17,8 @@ from pipeline.resume_rules import (
 )
 
 DEMO = load_run_config("demo")
+STEPS = 200
+WSD = ["schedule.decay=wsd", "schedule.decay_steps=100", "schedule.warmup_steps=20"]
 
 
 def a_deepspeed_config(**changes):
@@ -34,7 +36,7 @@ def a_deepspeed_config(**changes):
 
 
 def only_change(*words):
-    (change,) = changed_keys(DEMO, load_run_config("demo", list(words)))
+    (change,) = changed_keys(DEMO, load_run_config("demo", list(words)), STEPS)
     return change
 
 
@@ -64,12 +66,25 @@ def only_change(*words):
         ("optimizer.generator_learning_rate=1e-5", Verdict.REFUSED),
         ("schedule.max_steps=1000", Verdict.REFUSED),
         ("schedule.warmup_steps=7", Verdict.REFUSED),
+        ("schedule.decay=cosine", Verdict.REFUSED),
+        ("initialize.path=elsewhere", Verdict.FREE),
+        ("initialize.new_vocabulary=resize", Verdict.FREE),
+        ("initialize.guard_margin=0.5", Verdict.FREE),
+        ("optimizer.bias_correction=false", Verdict.REFUSED),
+        ("objective.draw_special_ids=false", Verdict.REFUSED),
+        ("generator.relative_position_rule=transformers", Verdict.REFUSED),
     ],
 )
 def test_the_table(word, verdict):
     change = only_change(word)
     assert change.verdict is verdict
     assert change.path == word.partition("=")[0]
+
+
+def test_the_name_of_a_recipe_is_none_of_its_values():
+    other = DEMO.model_copy(update={"recipe": "released_code"})
+    (change,) = changed_keys(DEMO, other, STEPS)
+    assert (change.path, change.verdict) == ("recipe", Verdict.FREE)
 
 
 @pytest.mark.parametrize(
@@ -104,11 +119,11 @@ def test_blocks_that_appear_are_compared_key_by_key():
 def test_writing_a_default_out_is_no_change():
     spelled = a_deepspeed_config(zero_optimization={"stage": 1, "reduce_bucket_size": 5e8})
     assert changed_deepspeed_keys(a_deepspeed_config(), spelled) == []
-    assert changed_keys(DEMO, load_run_config("demo", ["optimizer.eps=1e-6"])) == []
+    assert changed_keys(DEMO, load_run_config("demo", ["optimizer.eps=1e-6"]), STEPS) == []
 
 
 def test_every_pattern_names_something_real():
-    paths = {
+    paths = set(RunConfig.model_fields) | {
         f"{section}.{key}"
         for section, info in RunConfig.model_fields.items()
         for key in getattr(info.annotation, "model_fields", {})
@@ -123,20 +138,88 @@ def test_every_pattern_names_something_real():
 def test_refused_changes_come_in_one_message_with_the_cure():
     words = ["run.seed=7", "schedule.max_steps=1000", "checkpoint.keep_last=9"]
     with pytest.raises(UserError) as caught:
-        refuse_changes("runs/x", changed_keys(DEMO, load_run_config("demo", words)))
+        refuse_changes("runs/x", changed_keys(DEMO, load_run_config("demo", words), STEPS))
     cure = "set it back, or start a new run with another run.folder"
     assert str(caught.value) == (
         "resuming runs/x has 2 problems:\n"
         f"  - run.seed was 42 and is now 7: what was learned so far depends on it; {cure}\n"
-        "  - schedule.max_steps was 300 and is now 1000: what was learned so far depends on it;"
-        f" {cure}"
+        "  - schedule.max_steps was 300 and is now 1000: completed steps would have been other"
+        f" ones; {cure}"
     )
     assert caught.value.exit_code == EXIT_USAGE
 
 
 def test_rounding_changes_are_returned_as_warnings():
     words = ["model.attention_backend=eager", "logging.interval_steps=1"]
-    changes = changed_keys(DEMO, load_run_config("demo", words))
+    changes = changed_keys(DEMO, load_run_config("demo", words), STEPS)
     assert refuse_changes("runs/x", changes) == [
         'model.attention_backend was "torch" and is now "eager": the same formula in another order'
     ]
+
+
+def verdicts(old, new, completed_steps):
+    """Path -> verdict of what changes between two lists of words."""
+    before, after = (load_run_config("demo", words) for words in (old, new))
+    return {change.path: change.verdict for change in changed_keys(before, after, completed_steps)}
+
+
+@pytest.mark.parametrize(
+    ("old_steps", "new_steps", "completed_steps", "verdict"),
+    [
+        # Descents begin at 200, 900 and 150: a step at the peak is the same under both.
+        (300, 1000, 200, Verdict.FREE),
+        (300, 1000, 201, Verdict.FREE),
+        (300, 1000, 202, Verdict.REFUSED),
+        (300, 1000, 300, Verdict.REFUSED),
+        (300, 250, 151, Verdict.FREE),
+        (300, 250, 152, Verdict.REFUSED),
+        (1000, 300, 0, Verdict.FREE),
+    ],
+)
+def test_wsd_may_be_prolonged_until_a_descent_begins(
+    old_steps, new_steps, completed_steps, verdict
+):
+    old, new = ([*WSD, f"schedule.max_steps={steps}"] for steps in (old_steps, new_steps))
+    assert verdicts(old, new, completed_steps) == {"schedule.max_steps": verdict}
+
+
+def test_the_end_of_wsd_may_be_chosen_late():
+    new = ["schedule.decay_steps=50" if "decay_steps" in word else word for word in WSD]
+    new.append("schedule.final_learning_rate_factor=0.1")
+    assert set(verdicts(WSD, new, 201).values()) == {Verdict.FREE}
+    assert set(verdicts(WSD, new, 202).values()) == {Verdict.REFUSED}
+
+
+def test_another_decay_is_the_same_run_while_both_warm_up():
+    new = ["schedule.decay=cosine", "schedule.max_steps=1000"]
+    assert DEMO.schedule.warmup_steps > 5
+    assert set(verdicts([], new, 5).values()) == {Verdict.FREE}
+    assert set(verdicts([], new, 150).values()) == {Verdict.REFUSED}
+
+
+def phases(*until_steps, train_batch_size=8):
+    """The words of phases that end at these steps."""
+    text = ", ".join(
+        f"{{until_step = {step}, train_batch_size = {train_batch_size + index}}}"
+        for index, step in enumerate(until_steps)
+    )
+    return [f"schedule.phases=[{text}]"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "completed_steps", "verdict"),
+    [
+        (phases(10), phases(20), 10, Verdict.FREE),
+        (phases(10), phases(20), 11, Verdict.REFUSED),
+        (phases(10), phases(10, 50), 10, Verdict.FREE),
+        (phases(10), phases(10, 50), 11, Verdict.REFUSED),
+        (phases(10, 50), phases(10), 10, Verdict.FREE),
+        (phases(10, 50), phases(10), 11, Verdict.REFUSED),
+        (phases(10, 50), phases(10, 60), 50, Verdict.FREE),
+        (phases(10), phases(10, train_batch_size=16), 1, Verdict.REFUSED),
+        ([], phases(10), 0, Verdict.FREE),
+        ([], phases(10), 1, Verdict.REFUSED),
+    ],
+)
+def test_phases_may_change_that_have_not_begun(old, new, completed_steps, verdict):
+    assert verdicts(old, new, completed_steps) == {"schedule.phases": verdict}

@@ -18,7 +18,7 @@ def words(count, epoch=0):
     return torch.tensor([sample_words(epoch, sample) for sample in range(count)])
 
 
-def draws(logits_V, count, temperature=1.0, key=KEY, chunk_ids=16, epoch=0):
+def draws(logits_V, count, temperature=1.0, key=KEY, chunk_ids=16, epoch=0, allowed=None):
     """Draw `count` times from one softmax through the head that training uses."""
     slots = 8
     hidden_BKD = torch.ones(count // slots, slots, 1)
@@ -31,9 +31,10 @@ def draws(logits_V, count, temperature=1.0, key=KEY, chunk_ids=16, epoch=0):
         torch.ones(shape, dtype=torch.bool),
         torch.zeros(shape, dtype=torch.int64),
         positions_BK,
-        DrawKey(key, words(shape[0], epoch), temperature),
+        DrawKey(key, words(shape[0], epoch), temperature, allowed),
         chunk_ids,
     )
+    assert output.drawn_BK is not None
     return output.drawn_BK.flatten()
 
 
@@ -59,6 +60,26 @@ def test_draws_follow_the_softmax(temperature):
 def test_special_and_dead_ids_can_be_drawn():
     """The original samples from all rows of the table, [CLS] and the padding of it included."""
     assert set(draws(torch.zeros(12), 4_000).tolist()) == set(range(12))
+
+
+@pytest.mark.parametrize("allowed", [range(4, 9), range(1, 10), range(3, 4), range(2, 50)])
+@pytest.mark.parametrize("chunk_ids", [4, 8, 16])
+def test_draws_among_allowed_ids_follow_their_softmax(allowed, chunk_ids):
+    drawn = draws(LOGITS, 40_000, 0.7, chunk_ids=chunk_ids, allowed=allowed)
+    ids = [n for n in range(len(LOGITS)) if n in allowed]
+    assert set(drawn.tolist()) == set(ids)
+    if len(ids) > 1:
+        expected = torch.softmax(LOGITS[ids] / 0.7, 0)
+        assert chi_square_p(drawn - ids[0], expected) > 1e-4
+
+
+def test_forbidding_ids_changes_only_their_draws():
+    """The noise stays, so that a draw moves only where a forbidden id had won."""
+    free = draws(LOGITS, 4_000)
+    bound = draws(LOGITS, 4_000, allowed=range(4, 10))
+    assert torch.equal(bound[free >= 4], free[free >= 4])
+    assert (bound[free < 4] >= 4).all()
+    assert (free < 4).any()
 
 
 def test_draws_of_other_positions_samples_epochs_and_seeds_are_independent():
@@ -151,3 +172,21 @@ def test_unused_slots_change_nothing():
     ids, is_replaced = corrupt(original, positions, torch.zeros(5, 4, dtype=torch.bool), drawn)
     assert torch.equal(ids, original)
     assert not is_replaced.any()
+
+
+@pytest.mark.parametrize("slots", [1, 7, 40])
+def test_corrupted_inputs_against_a_plain_loop(slots):
+    generator = torch.Generator().manual_seed(slots)
+    original = torch.randint(0, 9, (20, 40), generator=generator)
+    drawn = torch.randint(0, 9, (20, slots), generator=generator)
+    counts = torch.randint(0, slots + 1, (20,), generator=generator)
+    positions = torch.zeros(20, slots, dtype=torch.int64)
+    valid = torch.arange(slots) < counts[:, None]
+    expected = original.clone()
+    for row, count in enumerate(counts.tolist()):
+        places = torch.randperm(40, generator=generator)[:count].sort().values
+        positions[row, :count] = places
+        expected[row, places] = drawn[row, :count]
+    ids, is_replaced = corrupt(original, positions, valid, drawn)
+    assert torch.equal(ids, expected)
+    assert torch.equal(is_replaced, expected != original)

@@ -34,7 +34,7 @@ def config():
 def measure(config, clock, device, **world):
     import torch
 
-    return Throughput(config, 32, World(0, 0, world.get("world_size", 1), torch.device(device)))
+    return Throughput(config, World(0, 0, world.get("world_size", 1), torch.device(device)))
 
 
 def take_steps(meter, clock, count, waits=0.5, computes=1.5):
@@ -42,6 +42,7 @@ def take_steps(meter, clock, count, waits=0.5, computes=1.5):
         with meter.waiting_for_data():
             clock.seconds += waits
         clock.seconds += computes
+        meter.count_step(32, 128)
 
 
 def test_tokens_and_waiting(config, clock):
@@ -76,6 +77,20 @@ def test_every_row_starts_over(config, clock):
 
 def test_a_row_without_steps(config, clock):
     assert measure(config, clock, "cpu").take()["perf/tokens_per_second"] == 0.0
+
+
+def test_steps_of_another_length_count_their_own_work(config, clock, monkeypatch):
+    monkeypatch.setattr(throughput.torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(throughput.torch.cuda, "max_memory_allocated", lambda device: 0)
+    meter = measure(config, clock, "cuda")
+    meter.count_step(32, 128)
+    meter.count_step(8, 64)
+    clock.seconds += 2.0
+    figures = meter.take()
+    assert figures["perf/tokens_per_second"] == (32 * 128 + 8 * 64) / 2
+    long, short = (training_flops_per_token(config, length) for length in (128, 64))
+    flops = 32 * 128 * long + 8 * 64 * short
+    assert figures["perf/mfu"] == pytest.approx(flops / 2 / 989e12)
 
 
 def test_mfu_of_all_devices(config, clock, monkeypatch):

@@ -10,7 +10,7 @@ from data_prep.errors import CorruptError, DivergedError
 from pipeline.checkpoint import CheckpointStore, SaveError
 from pipeline.commit import Commit, list_commits, verify_commit
 from pipeline.config import RunConfig
-from pipeline.engine import StepOutcome
+from pipeline.engine_stepping import StepOutcome
 from pipeline.metrics import IntervalSums, MetricsWriter
 from pipeline.progress import ProgressDisplay
 from pipeline.run_folder import RunFolder
@@ -32,7 +32,6 @@ class Batches:
     """The test's own sequences as a function of the step."""
 
     def __init__(self, plan, damaged_step=None):
-        self.train_batch_size = plan.train_batch_size
         self._plan = plan
         self._damaged_step = damaged_step
 
@@ -40,6 +39,12 @@ class Batches:
         if step == self._damaged_step:
             raise CorruptError("shard-00000.tokens.npy: block 0")
         return sequence_batches(step, self._plan)
+
+    def batch_size_at(self, step):
+        return self._plan.train_batch_size
+
+    def tokens_before(self, step):
+        return step * self._plan.train_batch_size * LENGTH
 
     def epochs_at(self, step):
         return step / 10
@@ -76,6 +81,7 @@ class Run:
             config,
             self.rig.engines,
             self.rig.step,
+            {LENGTH: self.rig.keys},
             Batches(self.rig.plan, damaged_step),
             Services(
                 checkpoints=CheckpointStore(self.folder.checkpoints, config.checkpoint, 0, None),
@@ -189,14 +195,14 @@ def test_a_stop_commits_the_step_that_it_finds(world, tmp_path, at):
 
 def stop_at(run, step):
     """A signal in the middle of the step that ends as number `step`."""
-    take_step = run.trainer._rtd_step
+    take_step = run.trainer._train_step
 
     def signalled(completed, *arguments):
         if completed == step - 1:
             run.ask_to_stop()
         return take_step(completed, *arguments)
 
-    run.trainer._rtd_step = signalled
+    run.trainer._train_step = signalled
 
 
 @pytest.mark.parametrize("when", ["before the evaluation", "during the evaluation"])
@@ -254,7 +260,7 @@ def test_without_heldout_sequences_a_run_goes_on(world, tmp_path):
 
 
 def poison(run, network):
-    return getattr(run.rig.engines, network).module.register_forward_hook(
+    return run.rig.module(network).register_forward_hook(
         lambda _module, _arguments, output: output._replace(loss_sum=output.loss_sum * float("nan"))
     )
 
@@ -273,8 +279,7 @@ def test_a_streak_of_skipped_steps_ends_the_run(world, tmp_path, stage, network)
     assert "learning_rate" in message
     state = run.trainer.state
     assert (state.step, state.consecutive_skipped) == (5, 5)
-    assert getattr(state, f"{network}_skipped") == 5
-    assert state.generator_skipped + state.discriminator_skipped == 5
+    assert state.skipped == {"generator": 0, "discriminator": 0, network: 5}
     assert [row["step"] for row in run.rows()] == [2, 3, 4], "everything before it is on disk"
     assert run.rows()[0][f"optim/{network}_skipped_steps"] == 2
 
@@ -289,10 +294,9 @@ def test_skips_are_counted_and_a_good_step_ends_the_streak():
         (good, good),
         (bad, good),
     ]:
-        state.count(generator, discriminator)
-    assert state == TrainState(
-        step=5, generator_skipped=3, discriminator_skipped=2, consecutive_skipped=1
-    )
+        state.count({"generator": generator, "discriminator": discriminator})
+    skipped = {"generator": 3, "discriminator": 2}
+    assert state == TrainState(step=5, skipped=skipped, consecutive_skipped=1)
 
 
 def test_damaged_data_ends_the_run_at_its_step(world, tmp_path):

@@ -146,7 +146,8 @@ MISTAKES = {
         "generator.num_attention_heads=7", says=["7 does not divide hidden_size 192"]
     ),
     "widths differ": words(
-        "discriminator.hidden_size=384", says=["generator.hidden_size 192 differs", "384"]
+        "discriminator.hidden_size=384",
+        says=["generator.embedding_size 192 differs", "384", "set embedding_size in both"],
     ),
     "generator of one layer": words(
         "generator.num_hidden_layers=1", says=["generator.num_hidden_layers 1", "write 2"]
@@ -163,6 +164,58 @@ MISTAKES = {
         "checkpoint.milestone_interval_steps=150",
         "checkpoint.interval_steps=100",
         says=["150 is not a multiple of", "100"],
+    ),
+    "recipe misspelt": words(
+        "recipe=relased_code", says=["command line: recipe", "'paper' or 'released_code'"]
+    ),
+    "recipe that the preset has not": words(
+        "recipe=released_code", says=["[released_code.SECTION]", "demo.toml has not"]
+    ),
+    "recipe in a section": words("objective.recipe=paper", says=["did you mean 'recipe'?"]),
+    "shared embeddings without joint updates": words(
+        "objective.embedding_sharing=es", says=['"es" needs objective.update=joint', "be lost"]
+    ),
+    "one network with two sections": words(
+        "objective.task=mlm",
+        "objective.sampling_temperature=1.0",
+        says=["demo.toml: discriminator means nothing with objective.task=mlm", "remove it"],
+    ),
+    "two networks with one section": Mistake(
+        ["--config", "mlm_base", "objective.task=rtd"],
+        ["mlm_base.toml: discriminator is missing", "add it"],
+    ),
+    "weight of a discriminator that is none": Mistake(
+        ["--config", "mlm_base", "objective.rtd_loss_weight=10.0"],
+        ["command line: objective.rtd_loss_weight 10.0 means nothing", "leave it out"],
+    ),
+    "mask decoder on positions in the input": words(
+        "generator.position_biased_input=true",
+        says=["the input already has", "objective.enhanced_mask_decoder=false"],
+    ),
+    "phase misspelt": words(
+        "schedule.phases=[{until_step=100, sequence_lenght=64}]",
+        says=["schedule.phases[0].sequence_lenght", "did you mean 'sequence_length'?"],
+    ),
+    "phase without a list": words(
+        "schedule.phases.until_step=100", says=["schedule.phases is a list", "[{until_step=..."]
+    ),
+    "phase beyond the run": words(
+        "schedule.phases=[{until_step=300}]",
+        says=["schedule.phases end at steps [300]", "before schedule.max_steps 300"],
+    ),
+    "phase that the ranks cannot split": words(
+        "schedule.phases=[{until_step=100, train_batch_size=20}]",
+        "--dry-run",
+        says=["phases[0].train_batch_size 20 is not a multiple of", "16, 32"],
+    ),
+    "phase larger than the batch": words(
+        "schedule.phases=[{until_step=100, train_batch_size=64}]",
+        "--dry-run",
+        says=["phases[0].train_batch_size 64 is more than", "train_batch_size 32"],
+    ),
+    "released table misspelt": toml(
+        "[released_code.optimizer]\nlerning_rate = 1",
+        says=["mine.toml, [released_code]: unknown key 'optimizer.lerning_rate'"],
     ),
     "batch on the command line": words(
         "train_batch_size=64", says=["train_batch_size belongs in the DeepSpeed JSON"]
@@ -234,7 +287,7 @@ MISTAKES = {
 
 
 def test_the_list_is_long_enough():
-    assert len(MISTAKES) >= 25
+    assert len(MISTAKES) >= 60
 
 
 @pytest.mark.parametrize("name", MISTAKES)

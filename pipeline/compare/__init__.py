@@ -1,0 +1,1 @@
+"""`deberta compare`: systems trained on equal budgets, measured and put side by side."""

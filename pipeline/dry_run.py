@@ -1,0 +1,74 @@
+"""`deberta train --dry-run`: what a run would be, without a device, a world or a write.
+
+data        tokens and passes over them, where data.path is given
+start       what a model that is continued brings, where initialize.path is given too
+parameters  of each network, counted on networks without memory
+batch       split over the ranks; precision, sharding and clipping
+steps       sequences and tokens of a step, where they change
+run         tokens and operations of the whole run
+memory      of weights, gradients and optimizer on a rank
+"""
+
+from pipeline.banner import memory_line, parameter_counts
+from pipeline.config import RunConfig
+from pipeline.ds_config import DeepSpeedConfig, combine_checks
+from pipeline.flops import training_flops
+from pipeline.initialize.pair import initialize_pair
+from pipeline.phases import TrainSchedule, train_schedule
+from pipeline.run_data import RunData, open_run_data
+
+_PETAFLOP_DAY = 1e15 * 24 * 60 * 60
+
+
+def describe_run(config: RunConfig, ds: DeepSpeedConfig, world_size: int) -> list[str]:
+    """Check a run and say what it would be.
+
+    Args:
+        config: The run.
+        ds: The DeepSpeed JSON.
+        world_size: Ranks to plan for.
+
+    Returns:
+        Lines.
+
+    Raises:
+        UserError: Something does not fit.
+    """
+    plan = ds.batch_plan(world_size)
+    schedule = train_schedule(config, plan)
+    lines = []
+    if config.data.path:
+        data = open_run_data(config)
+        lines.append(_data_line(data, schedule, config.schedule.max_steps))
+        if config.initialize.path:
+            lines += [f"start: {note}" for note in initialize_pair(config, data.tokenizer).notes]
+    counts = parameter_counts(config)
+    return [
+        *lines,
+        "parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+        *ds.explain(plan, config.data.sequence_length),
+        *schedule.explain(),
+        _run_line(config, schedule, plan.train_batch_size),
+        memory_line(sum(counts.values()), ds, world_size),
+        *(f"warning: {text}" for text in combine_checks(config, ds)),
+    ]
+
+
+def _run_line(config: RunConfig, schedule: TrainSchedule, train_batch_size: int) -> str:
+    """Sum up the whole run."""
+    steps = config.schedule.max_steps
+    tokens, flops = schedule.tokens_before(steps), training_flops(config, train_batch_size)
+    return (
+        f"run: {steps:,} steps, {tokens:.4g} tokens, {flops:.4g} FLOPs"
+        f" = {flops / _PETAFLOP_DAY:.4g} PetaFLOP-days"
+    )
+
+
+def _data_line(data: RunData, schedule: TrainSchedule, steps: int) -> str:
+    """Say how often the dataset is read."""
+    epochs = sum(
+        schedule.samples_before(steps, length) / stream.num_sequences
+        for length, stream in data.train.items()
+    )
+    tokens = data.train[data.heldout.sequence_length].num_tokens
+    return f"data: {tokens:,} training tokens, {epochs:.3g} epochs"

@@ -1,0 +1,1 @@
+"""Continued pre-training: a new run begins with the weights of a model that exists."""

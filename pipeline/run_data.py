@@ -1,0 +1,83 @@
+"""The dataset of a run, opened and compared with the run's configuration."""
+
+from dataclasses import dataclass
+
+from data_prep.errors import UserError
+from data_prep.shards import Dataset
+from data_prep.tokenizer import Tokenizer
+from pipeline.config import RunConfig
+from pipeline.data import SequenceStream
+from pipeline.masking import MaskingVocabulary
+from pipeline.objective_keys import ObjectiveKeys
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads."""
+
+    dataset: Dataset
+    tokenizer: Tokenizer
+    train: dict[int, SequenceStream]
+    """By sequence length, in the order of the phases; the last is data.sequence_length."""
+    heldout: SequenceStream
+    train_keys: dict[int, ObjectiveKeys]
+    """By sequence length: masks and draws of training."""
+    heldout_keys: ObjectiveKeys
+
+    def describe(self) -> str:
+        """Sum up the data for the banner.
+
+        Returns:
+            Fingerprint, shards, tokens and sequences of both splits.
+        """
+        sequences = ", then ".join(
+            f"{stream.num_sequences:,} sequences of {length}"
+            for length, stream in self.train.items()
+        )
+        tokens = self.train[self.heldout.sequence_length].num_tokens
+        return (
+            f"{len(self.dataset.manifest.shards)} shards, fingerprint "
+            f"{self.dataset.fingerprint[:12]}; train {tokens:,} tokens in {sequences}; held out "
+            f"{self.heldout.num_sequences:,} sequences"
+        )
+
+
+def open_run_data(config: RunConfig) -> RunData:
+    """Open the dataset and compare it with the model.
+
+    Args:
+        config: The run.
+
+    Returns:
+        The open data.
+
+    Raises:
+        UserError: The vocabulary differs, or there is nothing to train on.
+        CorruptError: The dataset is not what was written.
+    """
+    dataset = Dataset.open(config.data.path)
+    vocab_size = dataset.manifest.vocab_size
+    if vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"data.path {config.data.path} was tokenized with a vocabulary of {vocab_size}, "
+            f"model.vocab_size is {config.model.vocab_size}: set model.vocab_size={vocab_size}, or "
+            "choose a dataset that belongs to this model"
+        )
+    lengths, final = config.sequence_lengths, config.data.sequence_length
+    train = {length: SequenceStream(dataset, "train", length) for length in lengths}
+    if train[final].num_sequences == 0:
+        raise UserError(f"data.path {config.data.path} holds no training tokens: build it again")
+    tokenizer = Tokenizer.load(dataset.tokenizer_folder)
+    vocabulary = MaskingVocabulary.from_tokenizer(tokenizer)
+
+    def keys(length: int, split: str) -> ObjectiveKeys:
+        return ObjectiveKeys(config.objective, config.run.seed, length, vocabulary, split)
+
+    return RunData(
+        dataset,
+        tokenizer,
+        train,
+        SequenceStream(dataset, "heldout", final),
+        {length: keys(length, "train") for length in lengths},
+        keys(final, "heldout"),
+    )
