@@ -164,6 +164,8 @@ class InitializeSection(Section):
     """Run folder, commit, export, or repository in the released or transformers' layout."""
     generator_path: str = ""
     """Repository of the generator, where it is not beside the discriminator's."""
+    missing_heads: Literal["refuse", "fresh"] = "refuse"
+    """`fresh` also takes an encoder whose head was not saved, and begins with an untrained one."""
     new_vocabulary: Literal["refuse", "resize"] = "refuse"
     """`resize` starts another tokenizer's table: pieces that both know keep their rows."""
     guard_margin: NonNegativeFloat = 0.05

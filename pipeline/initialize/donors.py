@@ -52,6 +52,17 @@ class Donor:
     problems: tuple[str, ...] = ()
     """What no section could agree with."""
 
+    def has(self, head: str) -> bool:
+        """Tell whether a head was saved with the network.
+
+        Args:
+            head: Beginning of its names.
+
+        Returns:
+            Whether there is a tensor of it.
+        """
+        return any(key.startswith(head) for key in self.weights)
+
     @property
     def num_rows(self) -> int | None:
         """Rows of the word table; None for a donor that has none of its own."""

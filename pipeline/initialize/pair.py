@@ -49,6 +49,7 @@ from pipeline.modeling.pair import NetworkPair
 from pipeline.weights import new_pair
 
 _NETWORKS = ("generator", "discriminator")
+_HEADS = {"generator": MLM_HEAD, "discriminator": RTD_HEAD}
 _POSITIONS = (POSITION_TABLE, POSITION_DELTA)
 
 
@@ -119,7 +120,10 @@ def _open_source(config: RunConfig) -> Source:
     is_run = is_run or bool(list_commits(path))
     if not is_run and (generator or not _is_whole_export(path)):
         return read_repository(
-            path, Path(generator) if generator else None, config.objective.task == "rtd"
+            path,
+            Path(generator) if generator else None,
+            needs_discriminator=config.objective.task == "rtd",
+            needs_heads=config.initialize.missing_heads == "refuse",
         )
     if generator:
         raise UserError(
@@ -171,7 +175,7 @@ def _refuse_disagreements(config: RunConfig, roles: list[_Role]) -> None:
     findings = []
     for role in roles:
         findings += disagreements(role.name, role.network, role.donor, role.may_be_shallower)
-        if role.is_rebuilt or role.name != "discriminator":
+        if role.is_rebuilt or role.name != "discriminator" or not role.donor.has(RTD_HEAD):
             continue
         has_norm = f"{RTD_HEAD}LayerNorm.weight" in role.donor.weights
         found = "debertav3" if has_norm else "electra"
@@ -194,7 +198,8 @@ def _role_notes(config: RunConfig, source: Source, roles: list[_Role]) -> Iterat
         layers = measured_sizes(role.donor.weights)["num_hidden_layers"]
         part = f"all {layers} layers" if have == layers else f"the first {have} of {layers} layers"
         if not role.is_rebuilt:
-            yield f"{role.name}: {part} of {role.donor.source}, with its head"
+            head = "its head" if role.donor.has(_HEADS[role.name]) else "a fresh head"
+            yield f"{role.name}: {part} of {role.donor.source}, with {head}"
         elif role.name == "generator":
             yield (
                 f"{role.name}: rebuilt from the discriminator alone, {role.donor.source}: its "
@@ -237,8 +242,9 @@ def _fitted(
 
 def _is_fresh(role: _Role, key: str, config: RunConfig) -> bool:
     """Whether a parameter that the donor lacks may keep the initial weights of the seed."""
-    if role.is_rebuilt and key.startswith((MLM_HEAD, RTD_HEAD)):
-        return True
+    if key.startswith((MLM_HEAD, RTD_HEAD)):
+        saved = role.donor.has(_HEADS[role.name])
+        return role.is_rebuilt or (config.initialize.missing_heads == "fresh" and not saved)
     # Published generators and transformers' models often lack the decoder's positions.
     in_decoder = config.objective.enhanced_mask_decoder and role.name == "generator"
     return in_decoder and key == POSITION_TABLE

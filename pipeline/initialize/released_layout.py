@@ -61,13 +61,16 @@ _DEFAULTS = {
 """Fields that DebertaV2Config may leave out, and their values there."""
 
 
-def read_repository(path: Path, generator_path: Path | None, needs_discriminator: bool) -> Source:
+def read_repository(
+    path: Path, generator_path: Path | None, *, needs_discriminator: bool, needs_heads: bool
+) -> Source:
     """Read a repository and the generator that belongs to it.
 
     Args:
         path: Folder with config.json, or a file of weights in one.
         generator_path: Folder or file of the generator; None looks beside the discriminator.
         needs_discriminator: False reads the generator alone, where there is one.
+        needs_heads: Whether an encoder without a head is refused.
 
     Returns:
         One donor or two.
@@ -85,10 +88,10 @@ def read_repository(path: Path, generator_path: Path | None, needs_discriminator
         )
     donors = {}
     if place := generator_path or _generator_beside(weights_file.parent):
-        donors["generator"] = _read_generator(place, weights_file.parent)
+        donors["generator"] = _read_generator(place, weights_file.parent, needs_heads)
     if needs_discriminator or not donors:
-        donor = _read_donor(weights_file, config_file)
-        if not any(key.startswith(RTD_HEAD) for key in donor.weights):
+        donor = _read_donor(weights_file, config_file, needs_heads)
+        if not donor.has(RTD_HEAD) and (donor.has(MLM_HEAD) or not needs_discriminator):
             if donors:
                 raise UserError(
                     f"{weights_file} is given as a discriminator beside the generator "
@@ -124,14 +127,15 @@ def _generator_beside(folder: Path) -> Path | None:
     return next((place for place in places if place.exists()), None)
 
 
-def _read_generator(place: Path, discriminator_folder: Path) -> Donor:
+def _read_generator(place: Path, discriminator_folder: Path, needs_head: bool) -> Donor:
     """Read a generator, with its configuration where there is one."""
     weights_file = _weights_file(place, (*_GENERATOR, *_MAIN))
     config_file = weights_file.parent / "generator_config.json"
     if not config_file.is_file() and weights_file.parent != discriminator_folder:
         config_file = weights_file.parent / "config.json"
-    donor = _read_donor(weights_file, config_file if config_file.is_file() else None)
-    if not any(key.startswith(MLM_HEAD) for key in donor.weights):
+    given_config = config_file if config_file.is_file() else None
+    donor = _read_donor(weights_file, given_config, needs_head)
+    if needs_head and not donor.has(MLM_HEAD):
         raise UserError(
             f"{weights_file} is given as a generator, but holds neither lm_predictions.* nor "
             "cls.predictions.*: name the generator's weights by initialize.generator_path"
@@ -139,7 +143,7 @@ def _read_generator(place: Path, discriminator_folder: Path) -> Donor:
     return donor
 
 
-def _read_donor(weights_file: Path, config_file: Path | None) -> Donor:
+def _read_donor(weights_file: Path, config_file: Path | None, needs_head: bool) -> Donor:
     """Read one network."""
     weights = our_names(read_weights(weights_file), weights_file)
     has_layers = any(LAYER_NUMBER.match(key) for key in weights)
@@ -148,11 +152,12 @@ def _read_donor(weights_file: Path, config_file: Path | None) -> Donor:
             f"{weights_file} holds no DeBERTa encoder with its word embeddings, under the prefix "
             f"deberta., bert. or none; its names are like {', '.join(sorted(weights)[:3])}"
         )
-    if not any(key.startswith((MLM_HEAD, RTD_HEAD)) for key in weights):
+    if needs_head and not any(key.startswith((MLM_HEAD, RTD_HEAD)) for key in weights):
         raise UserError(
             f"{weights_file} has neither the discriminator's head {RTD_HEAD}* nor that of a masked "
             "language model, lm_predictions.* or cls.predictions.*: a model without its head would "
-            "begin untrained; name one that was saved for pre-training"
+            "begin untrained; name one that was saved for pre-training, or begin with a fresh "
+            "head by initialize.missing_heads=fresh"
         )
     if config_file is None:
         return Donor(str(weights_file), weights, {})

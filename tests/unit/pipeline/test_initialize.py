@@ -260,13 +260,6 @@ def test_weights_of_another_architecture(repository, dataset_folder, tokenizer):
     assert "roberta.encoder.x" in text
 
 
-def test_an_encoder_without_a_head(repository, release, dataset_folder, tokenizer):
-    weights = {k: t for k, t in release.discriminator.items() if k.startswith("deberta.")}
-    save(weights, repository / "model.safetensors")
-    text = refusal(asked(dataset_folder, repository), tokenizer)
-    assert "has neither the discriminator's head mask_predictions.*" in text
-
-
 def test_a_masked_language_model_given_as_a_discriminator(
     repository, release, dataset_folder, tokenizer
 ):
