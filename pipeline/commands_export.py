@@ -21,7 +21,7 @@ def export_command(
     output: Annotated[
         Path,
         typer.Argument(
-            metavar="OUTPUT", help="Folder to make, with `discriminator` and `generator` in it."
+            metavar="OUTPUT", help="Folder to make, with a repository for each network in it."
         ),
     ],
     dataset: Annotated[
@@ -34,7 +34,7 @@ def export_command(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Export both networks for transformers, and prove that they are the trained ones.
+    """Export the networks for transformers, and prove that they are the trained ones.
 
     The repositories are reloaded in a clean process; hidden states must agree with the trainer's
     to 1e-5 in fp32 and 1e-9 in fp64, token ids exactly. Otherwise nothing is written.
@@ -72,6 +72,6 @@ def _print(report: "ExportReport") -> None:
         f"hidden states of {proof.tokens:,} tokens and ids of {proof.texts} texts compared in a "
         f"clean process with transformers {proof.versions['transformers']}: ids equal{ties}\n\n"
         "  from transformers import AutoModel, AutoTokenizer\n"
-        f'  tokenizer = AutoTokenizer.from_pretrained("{report.output / "discriminator"}")\n'
-        f'  model = AutoModel.from_pretrained("{report.output / "discriminator"}")'
+        f'  tokenizer = AutoTokenizer.from_pretrained("{report.encoder}")\n'
+        f'  model = AutoModel.from_pretrained("{report.encoder}")'
     )

@@ -67,6 +67,11 @@ class ExportReport:
     """Parameters by network."""
     verification: Verification
 
+    @property
+    def encoder(self) -> Path:
+        """The repository for downstream tasks: the discriminator's, where there is one."""
+        return self.output / next(name for name in ARCHITECTURES if name in self.parameters)
+
     def to_dict(self) -> dict[str, Any]:
         """Convert for JSON.
 

@@ -131,5 +131,4 @@ def encoder_repository(model: Path, dataset: Path | None = None) -> Iterator[Pat
         return
     with tempfile.TemporaryDirectory(prefix="deberta-evaluate-") as folder:
         output = Path(folder) / "export"
-        report = export_run(model, output, dataset=dataset)
-        yield output / next(name for name in _REPOSITORIES if name in report.parameters)
+        yield export_run(model, output, dataset=dataset).encoder

@@ -70,6 +70,7 @@ def test_every_network_is_exported_and_proven(variant):
     assert {path.name for path in export.iterdir()} == networks
     assert {parity.network for parity in report.verification.parities} == networks
     with encoder_repository(export) as folder:
+        assert folder == report.encoder
         assert folder.name == ("discriminator" if "discriminator" in networks else "generator")
 
 
