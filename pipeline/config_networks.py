@@ -123,6 +123,13 @@ class NetworkSection(Section):
         return self.hidden_size if self.embedding_size is None else self.embedding_size
 
     @property
+    def clamps_distances(self) -> bool:
+        """Whether sequences can be so long that distances are clamped."""
+        reach = self.max_position_embeddings - 1
+        clamps = self.relative_attention and self.relative_position_rule == "clamp"
+        return clamps and self.last_relative_position < reach
+
+    @property
     def last_relative_position(self) -> int:
         """Largest distance that has a bucket of its own: max_relative_positions - 1."""
         end = self.max_relative_positions

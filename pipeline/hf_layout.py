@@ -33,6 +33,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 WEIGHTS_FILE = "model.safetensors"
 WORD_TABLE = "deberta.embeddings.word_embeddings.weight"
 POSITION_TABLE = "deberta.embeddings.position_embeddings.weight"
+RELATIVE_TABLE = "deberta.encoder.rel_embeddings.weight"
 DELTA = "deberta.embeddings.word_embeddings._weight"
 POSITION_DELTA = "deberta.embeddings.position_embeddings._weight"
 _SHARED = {WORD_TABLE: DELTA, POSITION_TABLE: POSITION_DELTA}
@@ -112,12 +113,26 @@ def repository_tensors(
     if pair.discriminator is not None:
         ours = {"discriminator": _weights(pair.discriminator), **ours}
         _merge(ours["discriminator"], ours["generator"], config)
+    for name, network in config.networks.items():
+        if network.clamps_distances:
+            _clamp_for_transformers(ours[name])
     if _is_narrow(config.generator):
         ours["generator"] = _renamed(ours["generator"], _NARROW_HEAD)
     return {
         name: {key: _rounded(f"{name}: {key}", tensor, dtype) for key, tensor in tensors.items()}
         for name, tensors in ours.items()
     }
+
+
+def _clamp_for_transformers(tensors: Tensors) -> None:
+    """Make transformers, which does not clamp distances, compute what a clamped network does.
+
+    Keys too far ahead read row 0 there, which no clamped network ever trains, and row 1 here; too
+    far behind, both read the last row.
+    """
+    table_RD = tensors[RELATIVE_TABLE].clone()
+    table_RD[0] = table_RD[1]
+    tensors[RELATIVE_TABLE] = table_RD
 
 
 def _merge(theirs: Tensors, base: Tensors, config: RunConfig) -> None:
