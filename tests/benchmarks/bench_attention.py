@@ -14,6 +14,7 @@ from pipeline.modeling.layer import EncoderLayer, LayerContext
 from pipeline.modeling.relative_positions import relative_positions
 from tests.benchmarks.rounds import Case, Outcome, cpu_seconds, device_seconds, main, measure
 from tests.numerics.test_attention_traffic import our_traffic, transformers_traffic
+from tests.reference.transformers_encoder import transformers_config
 
 SHAPES = {
     "cpu": {"sequences": 4, "length": 256, "hidden": 512, "heads": 8, "dtype": "float32"},
@@ -34,14 +35,7 @@ def networks(shape: dict) -> tuple[NetworkSection, DebertaV2Config]:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    config = DebertaV2Config(
-        **section.model_dump(),
-        relative_attention=True,
-        pos_att_type="p2c|c2p",
-        share_att_key=True,
-        norm_rel_ebd="layer_norm",
-    )
-    return section, config
+    return section, transformers_config(section, vocab_size=128_100)
 
 
 def benchmark(device_name: str) -> Outcome:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import DebertaV2Config, DebertaV2ForMaskedLM, DebertaV2Model
+from transformers import DebertaV2ForMaskedLM, DebertaV2Model
 
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config
@@ -25,6 +25,7 @@ from pipeline.masking import MaskedBatch, MaskingVocabulary, MaskKeys, choose_ma
 from pipeline.modeling.pair import NetworkPair, shared_rows
 from pipeline.rtd import DrawKey, corrupt
 from tests.benchmarks.rounds import Case, Outcome, cpu_seconds, device_seconds, main, measure
+from tests.reference.transformers_encoder import transformers_config
 
 RTD_LOSS_WEIGHT = 50.0
 ROUNDS = {"cpu": 4, "cuda": 10}
@@ -126,16 +127,7 @@ class Theirs(nn.Module):
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         encoders = [
-            DebertaV2Config(
-                **network.model_dump(),
-                vocab_size=config.model.vocab_size,
-                relative_attention=True,
-                pos_att_type="p2c|c2p",
-                share_att_key=True,
-                norm_rel_ebd="layer_norm",
-                position_biased_input=False,
-                type_vocab_size=0,
-            )
+            transformers_config(network, config.model.vocab_size)
             for network in (config.generator, config.discriminator)
         ]
         width = config.discriminator.hidden_size

@@ -10,28 +10,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import DebertaV2Config, DebertaV2ForMaskedLM, DebertaV2Model
+from transformers import DebertaV2ForMaskedLM, DebertaV2Model
 
 from tests.reference.small_networks import scramble
+from tests.reference.transformers_encoder import transformers_config
 
 TABLE = "deberta.embeddings.word_embeddings.weight"
 DELTA = "deberta.embeddings.word_embeddings._weight"
 POSITIONS = "deberta.embeddings.position_embeddings.weight"
-
-
-def transformers_config(network, vocab_size, **changes):
-    """DebertaV2Config of one of our sections."""
-    relative = network.relative_attention
-    fields = {
-        **network.model_dump(exclude={"relative_position_rule", "embedding_size"}),
-        "embedding_size": network.word_embedding_size,
-        "vocab_size": vocab_size,
-        "pos_att_type": "p2c|c2p" if relative else "",
-        "share_att_key": True,
-        "norm_rel_ebd": "layer_norm" if relative else "none",
-        "type_vocab_size": 0,
-    }
-    return DebertaV2Config(**{**fields, **changes})
 
 
 def encoder(network, vocab_size, weights, dtype):

@@ -3,8 +3,8 @@
 from transformers import DebertaV2Config, DebertaV2Model
 
 
-def model(network, vocab_size, dtype, weights=None):
-    """Build one of our networks, with given weights of the whole model where there are any."""
+def transformers_config(network, vocab_size, **changes):
+    """Describe one of our sections as transformers does."""
     relative = network.relative_attention
     fields = {
         **network.model_dump(exclude={"relative_position_rule"}),
@@ -16,7 +16,12 @@ def model(network, vocab_size, dtype, weights=None):
         "norm_rel_ebd": "layer_norm" if relative else "none",
         "type_vocab_size": 0,
     }
-    built = DebertaV2Model(DebertaV2Config(**fields)).to(dtype).eval()
+    return DebertaV2Config(**{**fields, **changes})
+
+
+def model(network, vocab_size, dtype, weights=None):
+    """Build one of our networks, with given weights of the whole model where there are any."""
+    built = DebertaV2Model(transformers_config(network, vocab_size)).to(dtype).eval()
     if weights is not None:
         built.load_state_dict(weights)
     return built
