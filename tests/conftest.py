@@ -153,3 +153,19 @@ def deepspeed_json(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder):
+    """The tokenizer of 600 pieces, loaded."""
+    from data_prep.tokenizer import Tokenizer
+
+    return Tokenizer.load(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def config(dataset_folder):
+    """A run of small networks that nobody starts."""
+    from tests.commits import run_config
+
+    return run_config(dataset_folder, dataset_folder.parent / "no run")

@@ -5,11 +5,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from data_prep.tokenizer import Tokenizer
 from pipeline.hf_layout import repository_tensors
 from pipeline.initialize.pair import initialize_pair
 from pipeline.modeling.pair import shared_rows
-from tests.commits import NETWORK, padded_ids, run_config
+from tests.commits import NETWORK, padded_ids
 from tests.reference.released_repositories import (
     DELTA,
     POSITIONS,
@@ -48,16 +47,6 @@ LAYOUTS = {
     },
     "generator elsewhere": {"generator": "elsewhere/weights.bin"},
 }
-
-
-@pytest.fixture(scope="module")
-def config(dataset_folder):
-    return run_config(dataset_folder, dataset_folder.parent / "no run")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_folder):
-    return Tokenizer.load(tokenizer_folder)
 
 
 def continued(config, path, generator_path="", **sections):

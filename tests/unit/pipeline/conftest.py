@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.commits import random_pair, run_config, write_commit
+from tests.reference.released_repositories import Release
 
 STEP = 40
 HELDOUT_ROWS = [
@@ -35,3 +36,15 @@ def exported(random_run, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("exported") / "deeper" / "export"
     return SimpleNamespace(folder=folder, report=export_run(random_run.folder, folder))
+
+
+@pytest.fixture
+def release(config):
+    """A discriminator and a generator as somebody might have published them."""
+    return Release(config)
+
+
+@pytest.fixture
+def repository(release, tmp_path):
+    """A repository with both networks, for tests that damage it."""
+    return release.write(tmp_path / "repository", generator="generator.bin")

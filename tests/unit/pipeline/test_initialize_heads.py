@@ -3,25 +3,13 @@
 import pytest
 import torch
 
-from data_prep.tokenizer import Tokenizer
 from pipeline.initialize.pair import initialize_pair
 from pipeline.modeling.pair import NetworkPair
-from tests.commits import run_config
-from tests.reference.released_repositories import TABLE, Release, save
-from tests.unit.pipeline.test_initialize import asked, refusal
+from tests.initializing import asked, refusal
+from tests.reference.released_repositories import TABLE, save
 
 FRESH = {"initialize": {"missing_heads": "fresh"}}
 RTD, MLM = "mask_predictions.", "lm_predictions."
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_folder):
-    return Tokenizer.load(tokenizer_folder)
-
-
-@pytest.fixture
-def release(dataset_folder):
-    return Release(run_config(dataset_folder, dataset_folder.parent / "no run"))
 
 
 @pytest.fixture(params=[None, "generator.bin"], ids=["alone", "with its generator"])

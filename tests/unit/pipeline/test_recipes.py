@@ -7,25 +7,11 @@ import pytest
 from data_prep.errors import UserError
 from pipeline.config_loading import load_run_config, resolved_config_dict
 from pipeline.ds_config import load_deepspeed_config
+from tests.unit.pipeline.test_config_loading import MINIMAL
 from tests.worlds import ROOT
 
 CPU_DEBUG = ROOT / "ds_configs" / "cpu_debug.json"
-WITH_BOTH = """
-[generator]
-hidden_size = 64
-num_hidden_layers = 2
-num_attention_heads = 4
-intermediate_size = 128
-[discriminator]
-hidden_size = 64
-num_hidden_layers = 4
-num_attention_heads = 4
-intermediate_size = 128
-[optimizer]
-generator_learning_rate = 1e-3
-[schedule]
-max_steps = 100
-warmup_steps = 10
+WITH_BOTH = f"""{MINIMAL}
 [released_code.objective]
 rtd_loss_weight = 10.0
 [released_code.optimizer]
