@@ -15,6 +15,7 @@ from tests.reference.small_networks import (
     network_section,
     scramble,
 )
+from tests.watching import saved_elements
 
 CPU = torch.device("cpu")
 
@@ -83,23 +84,14 @@ def test_recomputation_gives_the_same_bits(decodes, dtype):
 
 
 def test_the_whole_layer_is_recomputed_with_the_convolution():
-    def saved_elements(kernel, choice):
+    def saved_with(kernel, choice):
         network = network_section(conv_kernel_size=kernel)
         module = Encoder(network, model_section(activation_checkpointing=choice))
         embedded, _, mask = inputs(torch.float32)
-        total = 0
-
-        def count(tensor):
-            nonlocal total
-            total += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            module(embedded.requires_grad_(), mask, None)
-        return total
+        return saved_elements(lambda: module(embedded.requires_grad_(), mask, None))
 
     activations = 3 * 20 * 24
-    without, kept = saved_elements(0, "full"), saved_elements(3, "none") - saved_elements(0, "none")
+    without, kept = saved_with(0, "full"), saved_with(3, "none") - saved_with(0, "none")
     # Two inputs and the mask are kept; the convolved, activated and normalized states are not.
-    assert saved_elements(3, "full") - without <= 2 * activations + 3 * 20
+    assert saved_with(3, "full") - without <= 2 * activations + 3 * 20
     assert kept > 3 * activations

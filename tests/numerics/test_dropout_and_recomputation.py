@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pipeline.counter_rng import DropoutKey, DropoutSite
+from pipeline.counter_rng import DropoutKey
 from tests.reference.small_networks import batch, discriminator, generator, model_section
+from tests.watching import drop_only, saved_elements
 
 CPU = torch.device("cpu")
 
@@ -38,23 +39,15 @@ def test_recomputation_gives_the_same_bits(checkpointing, backend, dtype):
 
 @pytest.mark.parametrize("checkpointing", ["attention", "full"])
 def test_recomputation_really_recomputes(checkpointing):
-    def saved_elements(choice):
+    def saved_with(choice):
         model = model_section(activation_checkpointing=choice)
         data, network = batch(length=32), discriminator(layers=6, model=model)
         rows = torch.zeros(*data.ids.shape, 24)
-        total = 0
-
-        def count(tensor):
-            nonlocal total
-            total += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            network(data.ids, rows, data.mask, torch.zeros(data.ids.shape), key())
-        return total
+        labels = torch.zeros(data.ids.shape)
+        return saved_elements(lambda: network(data.ids, rows, data.mask, labels, key()))
 
     share = {"attention": 0.8, "full": 0.3}[checkpointing]
-    assert saved_elements(checkpointing) < share * saved_elements("none")
+    assert saved_with(checkpointing) < share * saved_with("none")
 
 
 def test_backends_agree_under_dropout():
@@ -117,17 +110,13 @@ def test_every_site_is_used_once_and_matters(monkeypatch, network, backend):
         module = discriminator(layers=2, model=model)
         rows = torch.zeros(*data.ids.shape, 24)
         arguments = (data.ids, rows, data.mask, torch.zeros(data.ids.shape), key())
-    draw_mask, seen = DropoutSite.keep_mask, []
+    seen = []
 
     def loss_where_only(dropped):
-        def keep_mask(site, shape, p):
-            seen.append(((site.layer, site.where), tuple(shape)))
-            mask = draw_mask(site, shape, p)
-            return mask if (site.layer, site.where) == dropped else torch.ones_like(mask)
-
-        seen.clear()
-        monkeypatch.setattr(DropoutSite, "keep_mask", keep_mask)
-        return module(*arguments).loss_sum.item()
+        watched = drop_only(monkeypatch, dropped)
+        loss = module(*arguments).loss_sum.item()
+        seen[:] = watched
+        return loss
 
     undropped = loss_where_only(None)
     assert len(seen) == len(SITES[network])

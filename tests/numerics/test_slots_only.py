@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from pipeline.counter_rng import DropoutKey, DropoutSite
+from pipeline.counter_rng import DropoutKey
 from pipeline.modeling.encoder import Encoder
 from tests.reference.small_networks import batch, model_section, network_section, scramble
+from tests.watching import drop_only
 
 CPU = torch.device("cpu")
 ABSOLUTE = {"relative_attention": False, "position_biased_input": True}
@@ -84,17 +85,13 @@ SITES = {
 def test_every_dropout_site_is_used_once_and_matters(monkeypatch, name):
     module, (hidden, data) = build(name), states()
     key = DropoutKey.derive(7, "generator", 3, 0, 0, CPU)
-    draw_mask, seen = DropoutSite.keep_mask, []
+    seen = []
 
     def output_where_only(dropped):
-        def keep_mask(site, shape, p):
-            seen.append(((site.layer, site.where), tuple(shape)))
-            mask = draw_mask(site, shape, p)
-            return mask if (site.layer, site.where) == dropped else torch.ones_like(mask)
-
-        seen.clear()
-        monkeypatch.setattr(DropoutSite, "keep_mask", keep_mask)
-        return module.decode(hidden, data.mask, key, data.positions).square().sum().item()
+        watched = drop_only(monkeypatch, dropped)
+        total = module.decode(hidden, data.mask, key, data.positions).square().sum().item()
+        seen[:] = watched
+        return total
 
     undropped = output_where_only(None)
     assert len(seen) == len(SITES[name])
