@@ -205,6 +205,7 @@ def main(folder):
     import torch.distributed as dist
 
     from pipeline.runtime import World, start_world
+    from pipeline.train import leave
 
     world = World.from_environment()
     start_world(world)
@@ -215,6 +216,7 @@ def main(folder):
     seen = {str(case): compare(case, world) for case in CASES}
     (Path(folder) / f"rank-{world.rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

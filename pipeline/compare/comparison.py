@@ -18,6 +18,7 @@ from pipeline.compare.runs import Failure, is_done, train_all
 from pipeline.compare.scores import Scoring, score_run, summarize
 from pipeline.compare.systems import System
 from pipeline.compare.word_tables import table_cosines
+from pipeline.evaluate.finetune import STARTS
 from pipeline.runtime import environment
 
 Say = Callable[[str], None]
@@ -139,7 +140,9 @@ def _measure(
     """Add a finished run's figures; one that cannot be read or scored is a failure."""
     try:
         cosines = table_cosines(run.folder, plan.dataset)
-        reports = score_run(run, plan, scoring, say)
+        # From random weights every run of a system would be fine-tuned to the same end.
+        starts = STARTS[:1] if measured.reports else STARTS
+        reports = score_run(run, plan, scoring, starts, say)
     except UserError as error:
         say(f"{run.name}: FAILED: {error}")
         return [Failure(run.name, str(error))]

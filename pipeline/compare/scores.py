@@ -75,13 +75,16 @@ def check_scoring(scoring: Scoring, systems: Sequence[System]) -> None:
             )
 
 
-def score_run(run: Run, plan: Plan, scoring: Scoring, say: Callable[[str], None]) -> dict[str, Any]:
+def score_run(
+    run: Run, plan: Plan, scoring: Scoring, starts: tuple[str, ...], say: Callable[[str], None]
+) -> dict[str, Any]:
     """Fine-tune a finished run on all tasks, or read what an earlier call has stored.
 
     Args:
         run: A finished run.
         plan: Its comparison.
         scoring: What is fine-tuned, and how.
+        starts: What to begin from; a random start is the same for all runs of a system.
         say: Gets a line after every model.
 
     Returns:
@@ -91,6 +94,9 @@ def score_run(run: Run, plan: Plan, scoring: Scoring, say: Callable[[str], None]
         UserError: A model cannot be fine-tuned.
         CorruptError: The run's commit is damaged.
     """
+    scoring = dataclasses.replace(
+        scoring, options=dataclasses.replace(scoring.options, starts=starts)
+    )
     files = {
         task.name: plan.output / "finetuned" / f"{run.name}-{task.name}.json"
         for task in scoring.tasks
@@ -121,7 +127,7 @@ def _key(task: LabelledTask, run: Run, scoring: Scoring) -> dict[str, Any]:
     commit = list_commits(run.folder / "checkpoints")[-1].path
     return {
         "weights": (commit / "manifest.sha256").read_text(encoding="utf-8").strip(),
-        "options": dataclasses.asdict(scoring.options),
+        "options": {**dataclasses.asdict(scoring.options), "starts": [*scoring.options.starts]},
         "columns": dataclasses.asdict(scoring.columns),
         **{name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()},
     }
@@ -149,5 +155,6 @@ def summarize(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Sprea
         {name: value["mean"] for name, value in report["summary"]["pretrained"].items()}
         for report in reports
     ]
-    random = [run["scores"] for run in reports[0]["runs"] if run["start"] == "random"]
+    runs = [run for report in reports for run in report["runs"]]
+    random = [run["scores"] for run in runs if run["start"] == "random"]
     return dict(zip(STARTS, (spreads(pretrained), spreads(random)), strict=True))

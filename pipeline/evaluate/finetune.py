@@ -53,6 +53,8 @@ class FinetuneOptions:
     """Training examples to use, evenly spaced over the file; all where None."""
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu" or "cuda"."""
+    starts: tuple[str, ...] = STARTS
+    """What to begin from: "pretrained", "random" or both."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class FinetuneReport:
             start -> figure -> "mean" and "std" (of the sample; 0 for one seed).
         """
         result: dict[str, dict[str, dict[str, float]]] = {}
-        for start in STARTS:
+        for start in self.options.starts:
             scores = [run.scores for run in self.runs if run.start == start]
             result[start] = {
                 name: {
@@ -154,7 +156,7 @@ def finetune(
         data = build_task(files, Tokenizer.load(repository), options.max_length)
         runs = []
         for seed in range(options.seeds):
-            for start in STARTS:
+            for start in options.starts:
                 scores = _train_and_score(repository, start, data, options, rate, seed, device)
                 runs.append(FinetuneRun(start, seed, scores))
                 figures = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())

@@ -24,6 +24,7 @@ def rank_main(rank, folder):
     from pipeline import checkpoint
     from pipeline.commit import list_commits
     from pipeline.config import CheckpointSection
+    from pipeline.train import leave
 
     folder, rank = Path(folder), int(rank)
     dist.init_process_group(
@@ -73,6 +74,7 @@ def rank_main(rank, folder):
     seen["mistakes"] = [mistake_of(ranks, rank) for ranks in ((1,), (0, 1), ())]
     print(json.dumps(seen))
     dist.destroy_process_group()
+    leave(0)
 
 
 def mistake_of(ranks, rank):

@@ -11,7 +11,7 @@ import pytest
 from pipeline.compare import scores
 from pipeline.compare.figures import Spread
 from pipeline.compare.scores import LabelledTask, Scoring, score_run, summarize
-from pipeline.evaluate.finetune import FinetuneOptions
+from pipeline.evaluate.finetune import STARTS, FinetuneOptions
 from pipeline.evaluate.labelled import Columns
 from tests.commits import run_config, write_commit
 
@@ -23,8 +23,8 @@ def report(pretrained, random):
 
 
 def test_sums_over_seeds():
-    """Random starts know nothing of pre-training: they are counted once."""
-    reports = [report(value, [0.25, 0.75]) for value in (0.5, 0.625, 1.0)]
+    """Random starts know nothing of pre-training: only one run of a system has them."""
+    reports = [report(0.5, [0.25, 0.75]), report(0.625, []), report(1.0, [])]
     summed = summarize(reports)
     assert summed["pretrained"]["accuracy"].mean == pytest.approx(np.mean([0.5, 0.625, 1.0]))
     std = np.std([0.5, 0.625, 1.0], ddof=1)
@@ -53,7 +53,7 @@ def scene(tmp_path, dataset_folder, monkeypatch):
         yield folder
 
     def finetune(model, train, test, *, options, columns, say):
-        calls.append((train, options.seeds))
+        calls.append((train, options.seeds, options.starts))
         say("accuracy 0.5")
         return SimpleNamespace(to_dict=lambda: report(0.5, [0.25]))
 
@@ -70,10 +70,10 @@ def scene(tmp_path, dataset_folder, monkeypatch):
     )
 
 
-def score(scene, **options):
+def score(scene, starts=STARTS, **options):
     scoring = Scoring((scene.task,), FinetuneOptions(**{"seeds": 1, **options}), Columns())
     said = []
-    return score_run(scene.run, scene.plan, scoring, said.append), said
+    return score_run(scene.run, scene.plan, scoring, starts, said.append), said
 
 
 def test_scores_are_stored_and_hold_for_what_they_were_made_of(scene):
@@ -95,3 +95,6 @@ def test_scores_are_stored_and_hold_for_what_they_were_made_of(scene):
     write_commit(scene.config, 4)
     score(scene, epochs=2)
     assert len(scene.calls) == 4, "other weights"
+    score(scene, ("pretrained",), epochs=2)
+    assert len(scene.calls) == 5, "without the random start"
+    assert scene.calls[-1][2] == ("pretrained",)
