@@ -2,6 +2,9 @@
 #   make demo    raw text -> tokenizer -> shards -> training -> export -> scores, on a CPU
 #   make test    the test suite
 #   make lint    ruff and pyright
+#   make faults  the fault matrix: every row, and a table of what was seen
+#   make soak    KILLS=200 random kills against undisturbed runs
+#   make matrix  every ZeRO mode against a plain oracle
 #   make bench   ratios against peers, written to tests/benchmarks/results/
 #   make gpu     GPU tests and benchmarks with the packages that PYTHON has; installs nothing
 
@@ -13,10 +16,11 @@ STAMP := $(VENV)/.installed
 # GPU. For a GPU: make TORCH="torch==2.13.0 --index-url ...", as pytorch.org says for your driver.
 TORCH ?= torch==2.13.0
 DEMO ?= demo
+KILLS ?= 200
 
 export DS_BUILD_OPS = 0
 
-.PHONY: venv demo test lint bench gpu clean
+.PHONY: venv demo test lint faults soak matrix bench gpu clean
 
 venv: $(STAMP)
 
@@ -34,12 +38,21 @@ demo: $(STAMP)
 	$(BIN)/deberta demo --output $(DEMO)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu" tests
+	$(BIN)/python -m pytest -m "not gpu and not faults" tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest tests/faults --faults-table tests/faults/results/faults.md
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak --kills $(KILLS) --output tests/soak/results/soak.md
+
+matrix: $(STAMP)
+	$(BIN)/python -m tests.matrix.run --output tests/matrix/results/matrix.json
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py

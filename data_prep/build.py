@@ -39,6 +39,8 @@ from data_prep.tokenizer import MODEL_FILE, Tokenizer
 from data_prep.unit_work import UnitJob, UnitMark, build_unit, disk_errors
 
 WORK_FOLDER = ".work"
+MAX_MALFORMED = 0.1
+"""Share of malformed inputs above which a build stops unless more is allowed."""
 PLAN_NAME = "plan.json"
 
 OnUnits = Callable[[list[Unit]], None]
@@ -74,6 +76,7 @@ def build(
     executor: Executor,
     on_units: OnUnits = lambda units: None,
     on_unit_done: OnUnitDone = lambda mark: None,
+    max_malformed: float = MAX_MALFORMED,
 ) -> BuildReport:
     """Build a dataset, or go on with a build that was interrupted.
 
@@ -85,15 +88,18 @@ def build(
         executor: where the units are worked on.
         on_units: told the plan before the work begins.
         on_unit_done: told each finished unit.
+        max_malformed: share of malformed inputs above which nothing is published, in [0, 1].
 
     Returns:
         The report. A dataset that is complete already, from the same input, is left as it is.
 
     Raises:
-        UserError: bad input, another build in the folder, a full disk.
+        UserError: bad input, too much of it malformed, another build in the folder, a full disk.
         CorruptError: the output is a dataset whose manifest was changed.
     """
     began = time.monotonic()
+    if not 0 <= max_malformed <= 1:
+        raise UserError(f"--max-malformed {max_malformed}: must lie between 0 and 1")
     _check_apart(sources, output)
     plan_report = ReadReport()
     units = plan_units(sources, options.read, options.unit_bytes, plan_report)
@@ -120,6 +126,7 @@ def build(
             on_units(units)
             for mark in executor.run(partial(build_unit, job), units):
                 on_unit_done(mark)
+            _refuse_malformed(job, units, max_malformed)
             with disk_errors(output):
                 manifest, fingerprint, reading = _assemble(job, units, plan, model, output)
             reading = plan_report + reading
@@ -232,6 +239,21 @@ def _assemble(
         shards=shards,
     )
     return manifest, manifest.save(output), reading
+
+
+def _refuse_malformed(job: UnitJob, units: Sequence[Unit], limit: float) -> None:
+    """Stop before a dataset is published that lacks more than its maker may expect."""
+    reading = sum((_finished_mark(job, unit).report for unit in units), ReadReport())
+    malformed = sum(reading.malformed.values())
+    if reading.documents and malformed > limit * (reading.documents + malformed):
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in reading.malformed.items())
+        file, cases = next(iter(reading.examples[next(iter(reading.malformed))].items()))
+        raise UserError(
+            f"{malformed:,} of {reading.documents + malformed:,} inputs are malformed ({counts}), "
+            f"more than --max-malformed {limit:g} allows; for example {file}: {cases[0]}. Check "
+            f"the sources and --text-field, and start with another --output; or allow more: "
+            f"finished units are kept, and the same command continues"
+        )
 
 
 def _finished_mark(job: UnitJob, unit: Unit) -> UnitMark:

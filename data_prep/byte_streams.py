@@ -4,6 +4,7 @@
 - `iter_lines`: its lines, in bounded memory: a line above the limit is passed over, never held.
 - `iter_pieces`: the whole of it in pieces up to a limit, cut where a reader would cut.
 - `DamagedInput`: raised by the stream where the compressed data breaks.
+- `is_bomb`: more plain bytes than any text packs into so few; a few kilobytes could fill a disk.
 
 Only b"\\n" ends a line here: U+2028, U+0085 and lone carriage returns are characters of the text.
 """
@@ -22,6 +23,10 @@ _BUFFER_BYTES = 1 << 20
 # can grow to 64 MiB, and no larger. Smaller steps would cost speed, larger ones memory.
 _FEED_BYTES = 2048
 _XZ_MEMORY_BYTES = 256 << 20
+MAX_RATIO = 200
+"""Text packs 3 to 10 times, the same line again and again up to 100 times."""
+_FREE_BYTES = 64 << 20
+BOMB = f"unpacks to more than {MAX_RATIO} times its size, which no text does"
 _MAGIC_BYTES = 6
 
 
@@ -104,6 +109,19 @@ def compression_of_file(path: Path) -> str | None:
         return compression_of(file.read(_MAGIC_BYTES))
 
 
+def is_bomb(packed_bytes: int, plain_bytes: int) -> bool:
+    """Tell bytes that were packed to do harm, or by mistake, from text.
+
+    Args:
+        packed_bytes: Bytes read so far.
+        plain_bytes: What they became.
+
+    Returns:
+        Whether they are above 64 MiB and more than 200 times as many.
+    """
+    return plain_bytes > max(_FREE_BYTES, MAX_RATIO * packed_bytes)
+
+
 class _Unpacked(io.RawIOBase):
     """The plain bytes of a compressed file: members one after the other, zero padding skipped."""
 
@@ -114,7 +132,7 @@ class _Unpacked(io.RawIOBase):
         self._decoder: Any = None
         self._packed = b""
         self._plain = memoryview(b"")
-        self._position = 0
+        self._packed_bytes = self._plain_bytes = 0
 
     def readable(self) -> bool:
         return True
@@ -123,15 +141,18 @@ class _Unpacked(io.RawIOBase):
         while not self._plain:
             if not self._packed:
                 self._packed = self._file.read(_FEED_BYTES)
+                self._packed_bytes += len(self._packed)
             if not self._packed:
                 if self._decoder is not None:
                     raise DamagedInput(f"{self._name} data ends before its end mark")
                 return 0
             self._plain = memoryview(self._unpack_step())
+            self._plain_bytes += len(self._plain)
+            if is_bomb(self._packed_bytes, self._plain_bytes):
+                raise DamagedInput(f"{self._name} data {BOMB}")
         count = min(len(buffer), len(self._plain))
         buffer[:count] = self._plain[:count]
         self._plain = self._plain[count:]
-        self._position += count
         return count
 
     def _unpack_step(self) -> bytes:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from data_prep import console
+from data_prep.build import MAX_MALFORMED
 from data_prep.build import build as run_build
 from data_prep.build_plan import SHARD_TOKENS, BuildOptions
 from data_prep.cleaning import CleaningOptions
@@ -113,6 +114,9 @@ def build(
     shard_tokens: Annotated[
         int, typer.Option(help="A shard of this many tokens takes no further document.")
     ] = SHARD_TOKENS,
+    max_malformed: Annotated[
+        float, typer.Option(help="Share of malformed inputs above which the build stops.")
+    ] = MAX_MALFORMED,
     as_json: JsonOption = False,
 ) -> None:
     """Turn text into a dataset of token shards; run again after an interruption to continue.
@@ -132,7 +136,14 @@ def build(
     try:
         with console.BuildProgress() as progress:
             report = run_build(
-                sources, tokenizer, output, options, pool, progress.start, progress.advance
+                sources,
+                tokenizer,
+                output,
+                options,
+                pool,
+                progress.start,
+                progress.advance,
+                max_malformed,
             )
     except KeyboardInterrupt:
         typer.echo(f"interrupted; run the same command to go on with {output}", err=True)

@@ -20,6 +20,7 @@ What becomes of each malformed input:
     line, row or JSON text above `max_document_bytes`                     dropped, never held
     .txt file above it                                                    cut into documents, noted
     broken gzip, zstd, xz, Parquet or Arrow                               dropped from the damage on
+    any of them above 64 MiB and 200 times its size                       dropped from there on
     byte order mark at the start of a file                                removed, noted
     file that cannot be opened, or that changed since it was planned      an error: nothing is lost
 """
@@ -29,7 +30,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.byte_streams import DamagedInput, iter_lines, iter_pieces, open_bytes
+from data_prep.byte_streams import (
+    BOMB,
+    DamagedInput,
+    is_bomb,
+    iter_lines,
+    iter_pieces,
+    open_bytes,
+)
 from data_prep.columnar import DamagedTable, UnusableColumn, iter_rows
 from data_prep.errors import UserError
 from data_prep.read_report import ReadReport
@@ -207,12 +215,15 @@ def _is_ambiguous(line: str, field: str) -> bool:
 
 def _read_table(part: UnitPart, options: ReadOptions, report: ReadReport) -> Iterator[Document]:
     limit = options.max_document_bytes
-    place = ""
+    place, plain_bytes = "", 0
     try:
         for row in iter_rows(
             Path(part.path), part.kind, options.text_field, limit, part.start, part.end
         ):
             place = f"row {row.number}"
+            plain_bytes += row.size
+            if is_bomb(part.file_bytes, plain_bytes):
+                raise DamagedTable(BOMB)
             if row.data is None and row.size:
                 detail = f"{row.size} bytes, the limit is {limit}"
                 report.drop(_TOO_LONG, part.path, place, detail)

@@ -266,8 +266,14 @@ def _read_sealed(folder: Path) -> bytes:
     for path in (manifest, seal):
         if not path.is_file():
             raise CorruptError(f"{path}: missing; restore it, or build the dataset again")
-    content = manifest.read_bytes()
-    if seal.read_bytes() != _seal(content).encode():
+    try:
+        content, found_seal = manifest.read_bytes(), seal.read_bytes()
+    except OSError as error:
+        raise CorruptError(
+            f"{error.filename or manifest}: cannot be read ({error.strerror}); make it readable, "
+            f"restore it, or build the dataset again"
+        ) from error
+    if found_seal != _seal(content).encode():
         raise CorruptError(
             f"{manifest}: does not match {SEAL_NAME}; one of the two was changed after the build. "
             f"Restore both from a copy, or build the dataset again"

@@ -7,6 +7,7 @@ check_npy     size and header against the manifest; the values are not read
 
 import hashlib
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -114,9 +115,13 @@ def check_npy(path: Path, dtype: np.dtype, count: int) -> None:
         CorruptError: naming the file and what differs.
     """
     check_size(path, HEADER_BYTES + count * dtype.itemsize)
-    with path.open("rb", buffering=0) as file:
-        if file.read(HEADER_BYTES) != npy_header(dtype, count):
-            raise CorruptError(f"{path}: its header is not that of {count} {dtype.name}. {CURE}")
+    try:
+        with path.open("rb", buffering=0) as file:
+            header = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise CorruptError(f"{path}: cannot be read ({error.strerror}). {CURE}") from error
+    if header != npy_header(dtype, count):
+        raise CorruptError(f"{path}: its header is not that of {count} {dtype.name}. {CURE}")
 
 
 def check_size(path: Path, num_bytes: int) -> None:
@@ -127,14 +132,19 @@ def check_size(path: Path, num_bytes: int) -> None:
         num_bytes: the size in the manifest.
 
     Raises:
-        CorruptError: the file is missing or has another size.
+        CorruptError: the file is missing, is no ordinary file or has another size.
     """
     try:
-        found = path.stat().st_size
+        found = path.stat()
     except OSError as error:
         raise CorruptError(f"{path}: cannot be read ({error.strerror}). {CURE}") from error
-    if found != num_bytes:
-        raise CorruptError(f"{path}: {found} bytes, but the manifest says {num_bytes}. {CURE}")
+    if not stat.S_ISREG(found.st_mode):
+        # A named pipe has a size too, 0, and is waited for as long as nobody writes to it.
+        raise CorruptError(f"{path}: not an ordinary file. {CURE}")
+    if found.st_size != num_bytes:
+        raise CorruptError(
+            f"{path}: {found.st_size} bytes, but the manifest says {num_bytes}. {CURE}"
+        )
 
 
 def read_whole(path: Path) -> bytes:

@@ -11,6 +11,19 @@ from typing import Any
 
 EXAMPLES_PER_FILE = 5
 FILES_PER_REASON = 200
+MALFORMED = frozenset(
+    {
+        "damaged file",
+        "field given twice",
+        "invalid JSON",
+        "invalid UTF-8",
+        "JSON line is not an object",
+        "missing field",
+        "text is not a string",
+    }
+)
+"""Reasons that speak of a source that is broken or is read in a wrong way; the others are limits
+that somebody set, or inputs of nothing."""
 
 
 def _in_words(reason: str, place: str, detail: str) -> str:
@@ -90,6 +103,11 @@ class ReadReport:
     def total_dropped(self) -> int:
         """Inputs that gave no document, over all reasons."""
         return sum(self.dropped.values())
+
+    @property
+    def malformed(self) -> dict[str, int]:
+        """Broken inputs by reason; those who read them cannot have meant it so."""
+        return {reason: count for reason, count in self.dropped.items() if reason in MALFORMED}
 
     def lines(self) -> Iterator[str]:
         """Tell the remembered cases, one line each.

@@ -10,26 +10,26 @@ A dataset folder (README.md beside this file is its normative description):
 For documents of 3, 2 and 3 tokens doc_ends is [3, 5, 8]; document 1 is tokens[3:5].
 
     ShardWriter   streams documents into two `.partial` files, hashes and renames them
-    ShardReader   one shard; a 4 MiB block is hashed when it is first touched
+    ShardReader   one shard; a 4 MiB block is hashed when it is first touched, and never trusted
     Dataset       all shards of a folder as one token stream a split; what training reads
 
 Opening looks at names, sizes and headers only, so that a terabyte opens at once; the hash of a
-block is compared before its first token is handed out, so that no unchecked byte is used.
+block is compared before its first token is handed out, and what is read again is compared again
+(`data_prep.checked_file`), so that no unchecked byte is used.
 """
 
 import hashlib
-import os
-import threading
 from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.checked_file import CheckedFile, OpenFiles
 from data_prep.errors import CorruptError, UserError
 from data_prep.manifest import (
     BLOCK_BYTES,
@@ -149,15 +149,15 @@ class ShardReader:
     Args:
         folder: the dataset folder.
         info: the shard's entry in the manifest.
+        files: where open files are kept; shared by the shards of a dataset.
     """
 
-    def __init__(self, folder: Path, info: ShardInfo) -> None:
+    def __init__(self, folder: Path, info: ShardInfo, files: OpenFiles | None = None) -> None:
         self.info = info
         self._tokens_path = folder / info.tokens_file
         self._doc_ends_path = folder / info.doc_ends_file
-        self._lock = threading.Lock()
-        self._map: NDArray[np.uint32] | None = None
-        self._block_checked = bytearray(len(info.block_sha256s))
+        self._tokens = CheckedFile(self._tokens_path, info.block_sha256s, files or OpenFiles())
+        self._doc_ends_checked = False
 
     def check_layout(self) -> None:
         """Compare existence, size and header of both files with the manifest, without reading on.
@@ -175,7 +175,7 @@ class ShardReader:
             )
 
     def tokens(self, start: int, end: int) -> NDArray[np.uint32]:
-        """A copy of tokens [start, end), every touched block checked.
+        """A copy of tokens [start, end), every byte of it checked.
 
         Args:
             start: first token, counted from the beginning of the shard.
@@ -193,12 +193,13 @@ class ShardReader:
             )
         if start == end:
             return np.empty(0, np.uint32)
-        first = (HEADER_BYTES + start * 4) // BLOCK_BYTES
-        last = (HEADER_BYTES + end * 4 - 1) // BLOCK_BYTES
-        if self._block_checked.count(1, first, last + 1) <= last - first:
-            self._check_blocks(first, last)
-        assert self._map is not None
-        return self._map[start:end].copy()
+        if not self._doc_ends_checked:
+            # Training may never ask for the ends, but a damaged shard must not pass for a good
+            # one; they are less than a hundredth of its bytes.
+            self.doc_ends()
+            self._doc_ends_checked = True
+        content = self._tokens.read(HEADER_BYTES + start * 4, HEADER_BYTES + end * 4)
+        return np.frombuffer(content, TOKEN_DTYPE).copy()
 
     def doc_ends(self) -> NDArray[np.int64]:
         """All document ends, after the whole file was hashed.
@@ -213,29 +214,6 @@ class ShardReader:
         if hashlib.sha256(content).hexdigest() != self.info.doc_ends_sha256:
             raise CorruptError(f"{self._doc_ends_path}: its sha256 is not the manifest's. {CURE}")
         return np.frombuffer(content, DOC_END_DTYPE, offset=HEADER_BYTES).astype(np.int64)
-
-    def _check_blocks(self, first: int, last: int) -> None:
-        with self._lock:
-            if self._map is None:
-                # Training may never ask for the ends, but a damaged shard must not pass for a good
-                # one; they are less than a hundredth of its bytes.
-                self.doc_ends()
-                self._map = np.memmap(self._tokens_path, TOKEN_DTYPE, "r", HEADER_BYTES)
-            # An ordinary read and not the map: one large request instead of a thousand page faults,
-            # and an I/O error that raises instead of killing the process by SIGBUS.
-            with self._tokens_path.open("rb", buffering=0) as file:
-                for block in range(first, last + 1):
-                    if not self._block_checked[block]:
-                        self._check_block(file, block)
-                        self._block_checked[block] = 1
-
-    def _check_block(self, file: BinaryIO, block: int) -> None:
-        content = os.pread(file.fileno(), BLOCK_BYTES, block * BLOCK_BYTES)
-        if hashlib.sha256(content).hexdigest() != self.info.block_sha256s[block]:
-            raise CorruptError(
-                f"{self._tokens_path}: block {block} (bytes from {block * BLOCK_BYTES}) does not "
-                f"have the sha256 of the manifest. {CURE}"
-            )
 
 
 class Dataset:
@@ -253,7 +231,8 @@ class Dataset:
         self.folder = folder
         self.manifest = manifest
         self.fingerprint = fingerprint
-        readers = [ShardReader(folder, info) for info in manifest.shards]
+        files = OpenFiles()
+        readers = [ShardReader(folder, info, files) for info in manifest.shards]
         self._readers = {s: [r for r in readers if r.info.split == s] for s in SPLITS}
         self._token_ends = {s: _ends(r.info.num_tokens for r in self._readers[s]) for s in SPLITS}
         self._document_ends = {

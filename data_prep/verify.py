@@ -143,8 +143,12 @@ def check_files(folder: Path, item: ShardInfo | FileInfo) -> Iterator[str]:
 
 
 def _check_hash(path: Path, sha256: str, blocks: tuple[str, ...] | None = None) -> Iterator[str]:
-    with path.open("rb") as file:
-        found, found_blocks = hash_blocks(file)
+    try:
+        with path.open("rb") as file:
+            found, found_blocks = hash_blocks(file)
+    except OSError as error:
+        yield f"{path}: cannot be read ({error.strerror})"
+        return
     wrong = [
         n
         for n, pair in enumerate(zip(found_blocks, blocks or (), strict=False))

@@ -6,71 +6,47 @@
     4. engines     DeepSpeed around both; then Adam's state from the commit
     5. trainer     with its services
 
-A commit fits any world size and ZeRO stage (`pipeline.engine_state`).
+A commit fits any world size and ZeRO stage (`pipeline.engine_state`). Between these stages the
+ranks agree on whether somebody asked to stop: start-up can take minutes, and has nothing to lose.
 """
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from data_prep.errors import CorruptError, UserError
 from pipeline.checkpoint import CheckpointStore
 from pipeline.commit import Commit
-from pipeline.config import RunConfig
-from pipeline.config_loading import load_run_config, resolved_config_dict
-from pipeline.data import TrainBatches, train_batches
-from pipeline.ds_config import BatchPlan, DeepSpeedConfig, load_deepspeed_config
+from pipeline.config_loading import resolved_config_dict
+from pipeline.data import train_batches
 from pipeline.engine import Engines, start_engines
 from pipeline.engine_state import StateReader, restore_state
-from pipeline.evaluate.heldout import evaluate_heldout
 from pipeline.initialize.pair import initialize_pair
-from pipeline.metrics import IntervalSums, MetricsWriter
+from pipeline.metrics import IntervalSums
 from pipeline.modeling.pair import NetworkPair
 from pipeline.phases import TrainSchedule
-from pipeline.progress import ProgressDisplay
-from pipeline.resume_rules import changed_deepspeed_keys, changed_keys, refuse_changes
+from pipeline.recovery import Recovery, without_streak
+from pipeline.resume import (
+    Comparison,
+    compare_with_commit,
+    record_accepted,
+    restored_state,
+)
 from pipeline.run_data import RunData, open_run_data
-from pipeline.run_folder import RunFolder, to_json, write_durably
-from pipeline.runtime import StopSignal, World, environment, on_all_ranks
-from pipeline.step import TrainingStep, build_step
-from pipeline.trainer import Services, Trainer, TrainState
+from pipeline.run_folder import to_json, write_durably
+from pipeline.run_services import checkpoint_store, evaluate, open_services
+from pipeline.runtime import on_all_ranks
+from pipeline.session import Session
+from pipeline.skip_list import RollBackLog
+from pipeline.step import build_step
+from pipeline.train_state import TrainState
+from pipeline.trainer import Trainer
+from pipeline.training_step import StepHooks
 from pipeline.weights import load_commit_pair, new_pair
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Session:
-    """One start of a run."""
-
-    config: RunConfig
-    ds: DeepSpeedConfig
-    plan: BatchPlan
-    world: World
-    control_group: dist.ProcessGroup
-    folder: RunFolder
-    stop: StopSignal
-
-    def identity(self, data: RunData) -> dict[str, Any]:
-        """Collect what a resume compares.
-
-        Args:
-            data: The open dataset.
-
-        Returns:
-            JSON-ready values.
-        """
-        return {
-            "dataset_fingerprint": data.dataset.fingerprint,
-            "tokenizer_fingerprint": data.tokenizer.fingerprint,
-            "world_size": self.world.world_size,
-            "environment": environment(),
-        }
 
 
 @dataclass(frozen=True)
@@ -82,7 +58,29 @@ class Assembled:
     data: RunData
     schedule: TrainSchedule
     resumed_from: Commit | None
+    comparison: Comparison
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What the run has done before this start."""
+
+    commit: Commit | None
+    """Which it goes on from; None for a new run."""
+    saved: dict[str, Any]
+    """The commit's train_state.json."""
+    roll_backs: RollBackLog
+
+    @property
+    def step(self) -> int:
+        """Completed optimizer steps."""
+        return self.commit.step if self.commit else 0
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What the commit remembers of divergence."""
+        return self.saved.get("recovery", {})
 
 
 def assemble(session: Session) -> Assembled:
@@ -97,30 +95,19 @@ def assemble(session: Session) -> Assembled:
     Raises:
         UserError: Data or configuration do not fit the model or the commit.
         CorruptError: The dataset is damaged, or no commit is whole.
+        StopRequested: Somebody asked to stop before anything was trained.
     """
-    config, world = session.config, session.world
-    data = on_all_ranks(session.control_group, lambda: open_run_data(config))
+    config, world, group = session.config, session.world, session.control_group
+    session.begin("start.data")
+    data = on_all_ranks(group, lambda: open_run_data(config))
+    store = checkpoint_store(session)
+    past = _past(session, store)
     identity = session.identity(data)
-    resolved = resolved_config_dict(config, session.ds, session.plan)
-    store = CheckpointStore(
-        session.folder.checkpoints, config.checkpoint, world.rank, session.control_group
-    )
-    commit = store.newest_valid()
-    if commit is None and (lost_step := session.folder.committed_step()):
-        raise CorruptError(
-            f"{session.folder.path}: state.json says that step {lost_step} was committed, but "
-            "there is no commit in checkpoints/: restore one from a copy, or start again in "
-            "another run.folder"
-        )
-    saved = commit.read_json("train_state.json") if commit else None
-    notes: list[str] = []
-    batches = train_batches(
-        config, session.plan, data.train, world.rank, commit.step if commit else 0
-    )
-    if commit and saved:
-        notes = compare_with_commit(session, commit, saved["identity"], identity)
-    pair, starting_notes = _starting_networks(session, commit, data)
-    notes += starting_notes
+    comparison = on_all_ranks(group, lambda: _compare(session, past, identity))
+    skip_list = past.roll_backs.skip_list
+    batches = train_batches(config, session.plan, data.train, world.rank, past.step, skip_list)
+    pair, starting_notes = _starting_networks(session, past.commit, data)
+    session.begin("start.engines")
     engines = start_engines(
         pair.trained_modules(),
         optimizer=config.optimizer,
@@ -128,21 +115,95 @@ def assemble(session: Session) -> Assembled:
         plan=session.plan,
         world=world,
     )
-    # A model that is continued is measured before its first step, so that the guard can compare.
-    state = TrainState(owes_evaluation=bool(config.initialize.path))
-    interval = IntervalSums(world.device)
-    if commit and saved:
-        for name, engine in engines.by_name.items():
-            scalars = saved["networks"][name]
-            restore_state(engine, world.rank, StateReader(commit.path / name), scalars)
-        state = TrainState(**saved["state"])
-        interval.load_state(saved["interval_sums"])
-    trainer = _trainer(
-        session, data, batches, engines, pair, store, state, interval, identity, resolved
+    state, interval = _restore(session, past, engines, identity)
+    step = build_step(
+        engines,
+        pair,
+        config.objective,
+        seed=config.run.seed,
+        plan=session.plan,
+        world=world,
+        hooks=StepHooks(session.stop.agreed, session.watchdog.mark),
     )
-    if world.is_main:
-        _record_start(session.folder, resolved, identity, state.step, world, notes)
-    return Assembled(trainer, engines, data, batches.schedule, commit, notes)
+    services = open_services(session, store, state, partial(evaluate, session, data, engines, step))
+    recovery = Recovery(config, engines, services, world, past.roll_backs)
+    recovery.load(past.memory)
+    resolved = resolved_config_dict(config, session.ds, session.plan)
+    trainer = Trainer(
+        config,
+        engines,
+        step,
+        data.train_keys,
+        batches,
+        services,
+        recovery,
+        world=world,
+        state=state,
+        interval=interval,
+        identity=identity,
+        config_json=json.dumps(resolved, indent=2) + "\n",
+    )
+    notes = comparison.notes + starting_notes
+    record = partial(_record_start, session, resolved, identity, state.step, notes, comparison)
+    on_all_ranks(group, record)
+    return Assembled(trainer, engines, data, batches.schedule, past.commit, comparison, notes)
+
+
+def _past(session: Session, store: CheckpointStore) -> _Past:
+    """Find out how far the run is, and what it has left out."""
+    commit = _commit_to_continue(session, store)
+    saved = commit.read_json("train_state.json") if commit else {}
+    roll_backs = RollBackLog.open(
+        session.folder.path,
+        saved.get("recovery", {}).get("roll_back", ""),
+        is_main=session.world.is_main,
+        group=session.control_group,
+    )
+    return _Past(commit, saved, roll_backs)
+
+
+def _compare(session: Session, past: _Past, identity: dict[str, Any]) -> Comparison:
+    """Compare this start with what it goes on from; notes in `identity` what was accepted."""
+    if past.commit is None:
+        return Comparison()
+    comparison = compare_with_commit(
+        past.commit,
+        session.config,
+        session.ds,
+        before=past.saved["identity"],
+        now=identity,
+        accepts=session.accepts,
+    )
+    identity["accepted"] = [asdict(each) for each in comparison.accepted_so_far]
+    return comparison
+
+
+def _restore(
+    session: Session, past: _Past, engines: Engines, identity: dict[str, Any]
+) -> tuple[TrainState, IntervalSums]:
+    """Put optimizer state, counters and sums back; the first values for a new run."""
+    interval = IntervalSums(session.world.device)
+    if past.commit is None:
+        # A model that is continued is measured before its first step: the guard compares with it.
+        return TrainState(owes_evaluation=bool(session.config.initialize.path)), interval
+    for name, engine in engines.by_name.items():
+        reader = StateReader(past.commit.path / name)
+        restore_state(engine, session.world.rank, reader, past.saved["networks"][name])
+    interval.load_state(past.saved["interval_sums"])
+    state = restored_state(past.commit, past.saved, identity)
+    return without_streak(state, past.roll_backs), interval
+
+
+def _commit_to_continue(session: Session, store: CheckpointStore) -> Commit | None:
+    """Find the commit that this start goes on from; None for a new run."""
+    commit = store.newest_valid()
+    if commit is None and (lost_step := session.folder.committed_step()):
+        raise CorruptError(
+            f"{session.folder.path}: state.json says that step {lost_step} was committed, but "
+            "there is no commit in checkpoints/: restore one from a copy, or start again in "
+            "another run.folder"
+        )
+    return commit
 
 
 def _starting_networks(
@@ -166,125 +227,27 @@ def _starting_networks(
     return initialized.pair, notes
 
 
-def compare_with_commit(
-    session: Session, commit: Commit, before: dict[str, Any], now: dict[str, Any]
-) -> list[str]:
-    """Refuse to continue another run, and name what keeps a resume from being bit for bit.
-
-    Args:
-        session: This start.
-        commit: What it would continue.
-        before: Identity stored in the commit.
-        now: Identity of this start.
-
-    Returns:
-        Notes for the banner.
-
-    Raises:
-        UserError: Data or configuration belong to another run.
-    """
-    resolved = str(commit.path / "config.resolved.json")
-    changes = changed_keys(load_run_config(resolved), session.config, commit.step)
-    changes += changed_deepspeed_keys(load_deepspeed_config(resolved), session.ds)
-    notes = refuse_changes(str(session.folder.path), changes)
-    for key in ("dataset_fingerprint", "tokenizer_fingerprint"):
-        if before[key] != now[key]:
-            raise UserError(
-                f"data.path {session.config.data.path} is not the data that {commit.path} was "
-                f"trained on ({key} {now[key][:12]}, then {before[key][:12]}): give the same "
-                "dataset, or start a new run with another run.folder"
-            )
-    if before["world_size"] != now["world_size"]:
-        notes.append(
-            f"{now['world_size']} ranks instead of {before['world_size']}: the same samples, masks "
-            "and draws; losses agree closely and not bit for bit"
-        )
-    old, new = before["environment"], now["environment"]
-    bound = sorted(set(old) - {"host", "slurm_job_id"})
-    return notes + [
-        f"{key} was {old[key]} and is now {new.get(key)}: not bit for bit the same from here"
-        for key in bound
-        if old[key] != new.get(key)
-    ]
-
-
 def _record_start(
-    folder: RunFolder,
+    session: Session,
     resolved: dict[str, Any],
     identity: dict[str, Any],
     step: int,
-    world: World,
     notes: list[str],
+    comparison: Comparison,
 ) -> None:
     """Write the files that describe this start."""
-    write_durably(folder.path / "config.resolved.json", to_json(resolved))
-    write_durably(folder.path / "environment.json", to_json(identity["environment"]))
-    folder.note_restart(step, world.world_size, notes)
-    folder.write_status("running", step)
-
-
-def _trainer(
-    session: Session,
-    data: RunData,
-    batches: TrainBatches,
-    engines: Engines,
-    pair: NetworkPair,
-    store: CheckpointStore,
-    state: TrainState,
-    interval: IntervalSums,
-    identity: dict[str, Any],
-    resolved: dict[str, Any],
-) -> Trainer:
-    """Connect data, step and services."""
-    config, world, folder = session.config, session.world, session.folder
-    step = build_step(
-        engines, pair, config.objective, seed=config.run.seed, plan=session.plan, world=world
-    )
-    metrics = progress = None
-    if world.is_main:
-        folder.cut_metrics(state.step, owes_evaluation=state.owes_evaluation)
-        tensorboard: Path = folder.path / "tensorboard"
-        metrics = MetricsWriter(folder.metrics, tensorboard, purge_step=state.step + 1)
-        progress = ProgressDisplay(state.step, config.schedule.max_steps)
-    services = Services(
-        checkpoints=store,
-        stop=session.stop,
-        evaluate=partial(_evaluate, session, data, engines, step),
-        folder=folder,
-        metrics=metrics,
-        progress=progress,
-    )
-    return Trainer(
-        config,
-        engines,
-        step,
-        data.train_keys,
-        batches,
-        services,
-        world=world,
-        state=state,
-        interval=interval,
-        identity=identity,
-        config_json=json.dumps(resolved, indent=2) + "\n",
-    )
-
-
-def _evaluate(
-    session: Session, data: RunData, engines: Engines, step: TrainingStep
-) -> dict[str, float] | None:
-    """Evaluate the engines' networks on the held-out split; None where a stop came between."""
-    if data.heldout.num_sequences == 0:
-        return {}
-    engines.train(False)
+    folder = session.folder
+    if not session.world.is_main:
+        return
     try:
-        return evaluate_heldout(
-            step.predict,
-            stream=data.heldout,
-            keys=data.heldout_keys,
-            max_sequences=session.config.evaluation.max_sequences,
-            batch_size=session.plan.train_micro_batch_size_per_gpu,
-            world=session.world,
-            should_stop=session.stop.agreed,
-        )
-    finally:
-        engines.train(True)
+        # First of all: what follows makes the accepted configuration the run's own.
+        record_accepted(folder.path / "restarts.jsonl", comparison.accepted)
+        write_durably(folder.path / "config.resolved.json", to_json(resolved))
+        write_durably(folder.path / "environment.json", to_json(identity["environment"]))
+        folder.note_restart(step, session.world.world_size, notes)
+        folder.write_status("running", step)
+    except OSError as error:
+        raise UserError(
+            f"run.folder {folder.path}: cannot be written ({error}); make room or repair the disk, "
+            "then the same command goes on"
+        ) from error

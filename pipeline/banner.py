@@ -1,15 +1,20 @@
 """The block of facts that a run prints before its first step."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 import pipeline
-from pipeline.config import RunConfig
-from pipeline.ds_config import BatchPlan, DeepSpeedConfig
-from pipeline.engine import Engines
+from pipeline.config import RunConfig, ScheduleSection
+from pipeline.ds_config import DeepSpeedConfig, combine_checks
 from pipeline.modeling.pair import NetworkPair
+from pipeline.resume import Accepted
+
+if TYPE_CHECKING:
+    from pipeline.assemble import Assembled
+    from pipeline.session import Session
 
 _STATE_BYTES_PER_PARAMETER = 12
 """fp32 weight and two averages of Adam: what a commit stores."""
@@ -63,38 +68,61 @@ def memory_line(parameters: int, ds: DeepSpeedConfig, world_size: int) -> str:
     return f"memory: about {gib:.2f} GiB a rank for weights, gradients and Adam, plus activations"
 
 
-def banner_lines(
-    config: RunConfig,
-    ds: DeepSpeedConfig,
-    plan: BatchPlan,
-    engines: Engines,
-    facts: dict[str, str],
-    start: str,
-) -> list[str]:
+def banner_lines(session: "Session", assembled: "Assembled") -> list[str]:
     """Compose the banner.
 
     Args:
-        config: The run.
-        ds: The DeepSpeed JSON.
-        plan: Batch sizes of this world.
-        engines: Both networks.
-        facts: Versions, hardware and data, name -> value.
-        start: Where the run begins.
+        session: This start.
+        assembled: What it is about to run.
 
     Returns:
-        Lines.
+        Lines: facts, then what was accepted, warnings and notes.
     """
-    sizes = {name: count_parameters(engine.module) for name, engine in engines.by_name.items()}
-    total = sum(sizes.values())
-    keep, every = config.checkpoint.keep_last, config.checkpoint.interval_steps
-    commit_gb = total * _STATE_BYTES_PER_PARAMETER / 1e9
+    config, ds, plan = session.config, session.ds, session.plan
+    engines, comparison = assembled.engines.by_name, assembled.comparison
+    sizes = {name: count_parameters(engine.module) for name, engine in engines.items()}
+    commit = assembled.resumed_from
+    start = f"continues {commit.path}" if commit else "new"
+    versions = assembled.trainer.identity["environment"].items()
+    phases = assembled.schedule.explain()
     return [
         f"run: {config.run.folder}, seed {config.run.seed}, {start}",
         f"program: deberta-pretrain {pipeline.__version__} from {Path(pipeline.__file__).parent}",
-        *(f"{name}: {value}" for name, value in facts.items()),
+        "versions: " + ", ".join(f"{key} {value}" for key, value in versions if value),
+        f"data: {assembled.data.describe()}",
+        *([f"phases: {'; '.join(phases)}"] if phases else []),
         "parameters: " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()),
         *ds.explain(plan, config.data.sequence_length),
-        memory_line(total, ds, plan.world_size),
-        f"checkpoints: every {every:,} steps, the newest {keep} are kept, about {commit_gb:.3g} GB "
-        f"each, {commit_gb * (keep + 1):.3g} GB of disk at most",
+        memory_line(sum(sizes.values()), ds, plan.world_size),
+        _checkpoint_line(config, sum(sizes.values())),
+        *(f"schedule: {text}" for text in _extensions(config.schedule)),
+        *comparison.rates,
+        *(line for each in comparison.accepted_so_far for line in _accepted_lines(each)),
+        *(f"warning: {text}" for text in combine_checks(config, ds)),
+        *(f"note: {text}" for text in assembled.notes),
     ]
+
+
+def _checkpoint_line(config: RunConfig, parameters: int) -> str:
+    """Say how often commits are made, and what they take."""
+    keep, every = config.checkpoint.keep_last, config.checkpoint.interval_steps
+    commit_gb = parameters * _STATE_BYTES_PER_PARAMETER / 1e9
+    return (
+        f"checkpoints: every {every:,} steps, the newest {keep} are kept, about {commit_gb:.3g} GB "
+        f"each, {commit_gb * (keep + 1):.3g} GB of disk at most"
+    )
+
+
+def _extensions(schedule: ScheduleSection) -> list[str]:
+    """Say where the run was extended."""
+    ends = [*(row.previous_max_steps for row in schedule.extensions[1:]), schedule.max_steps]
+    return [
+        f"extended at step {row.from_step:,}, to {end:,} steps instead of"
+        f" {row.previous_max_steps:,}"
+        for row, end in zip(schedule.extensions, ends, strict=False)
+    ]
+
+
+def _accepted_lines(accepted: Accepted) -> list[str]:
+    """Say what somebody accepted, and in which ways the data differ."""
+    return [str(accepted), *(f"  {line}" for line in accepted.details)]

@@ -5,46 +5,45 @@
 
     save   every rank writes into `.partial`, syncs and hashes its files; rank 0 writes the
            manifest, renames the folder, moves `latest`, and only then removes what retention no
-           longer keeps; where one rank cannot write, no rank commits and training can go on
+           longer keeps (`pipeline.commit_writer`, `pipeline.commit_upkeep`); where one rank cannot
+           write, no rank commits and training can go on
     load   newest first; the first commit whose every byte is as written is used, and what was
            passed over is named and set aside
+
+With checkpoint.asynchronous training waits for a copy in memory only; the rest happens in a thread.
+The next `save`, or `finish`, waits for that thread and raises what it could not do.
 
 Why not DeepSpeed's own files: they are pickles, they do not cross ZeRO stages, and a flipped bit in
 them loads without a word. The slices here are its state, in a form that fits any stage and world.
 """
 
-import itertools
 import logging
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 
-from data_prep.errors import CorruptError, UserError
+from data_prep.errors import CorruptError
 from pipeline.commit import (
-    FORMAT_VERSION,
     Commit,
+    UnknownFormatError,
     check_names,
     commit_name,
     list_commits,
     read_manifest,
-    sha256_of,
     verify_files,
 )
+from pipeline.commit_upkeep import Upkeep
+from pipeline.commit_writer import BackgroundWrite, CommitWriter, Draft, SaveError, gather
 from pipeline.config import CheckpointSection
-from pipeline.engine_state import write_state
-from pipeline.run_folder import fsync_file, fsync_folder, to_json, write_durably
+from pipeline.engine_state import Snapshot, snapshot, state_bytes
+from pipeline.run_folder import to_json
 
-T = TypeVar("T")
+__all__ = ["CheckpointStore", "SaveError"]
 
 logger = logging.getLogger(__name__)
-
-
-class SaveError(UserError):
-    """A commit could not be written; the same on all ranks, and the earlier commits are intact."""
 
 
 class CheckpointStore:
@@ -56,110 +55,120 @@ class CheckpointStore:
         section: CheckpointSection,
         rank: int,
         group: dist.ProcessGroup | None,
+        *,
+        writer_group: dist.ProcessGroup | None = None,
+        on_published: Callable[[int], None] | None = None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         """Look at a folder.
 
         Args:
             folder: The run's checkpoints folder.
-            section: Retention.
+            section: Retention, attempts, and whether training waits.
             rank: This process's rank.
             group: Control group of all ranks; None for a single process.
+            writer_group: Another gloo group of all ranks, for what is written beside training:
+                its collectives must never meet those of the loop. None where nothing is.
+            on_published: Called on rank 0, in the thread that writes, with the step of a commit
+                that is safe.
+            on_progress: Called on every rank, in the thread that waits for files, while they are
+                written or read: a slow disk is no hang.
+
+        Raises:
+            ValueError: Several ranks are to write beside training and have no group for it.
         """
+        if section.asynchronous and group is not None and group.size() > 1 and writer_group is None:
+            raise ValueError("checkpoint.asynchronous: several ranks need a writer_group")
         self._folder = folder
         self._section = section
         self._rank = rank
         self._group = group
+        self._on_progress = on_progress
+        self._upkeep = Upkeep(folder, section)
+        self._writer = CommitWriter(
+            folder,
+            rank,
+            writer_group if section.asynchronous else group,
+            attempts=section.write_attempts,
+            upkeep=self._upkeep,
+            on_published=on_published,
+        )
+        self._under_way: BackgroundWrite | None = None
+
+    @property
+    def published_step(self) -> int:
+        """Step of the newest commit that this process knows to be safe; 0 where there is none."""
+        return self._writer.published_step
 
     def save(
-        self, step: int, engines: dict[str, Any], train_state: dict[str, Any], config_json: str
+        self,
+        step: int,
+        engines: dict[str, Any],
+        train_state: dict[str, Any],
+        config_json: str,
+        *,
+        wait: bool = False,
     ) -> Commit:
-        """Publish the state of both networks.
+        """Publish the state of all networks, or start to.
 
         Args:
             step: Completed optimizer steps.
-            engines: "generator" and "discriminator".
+            engines: "generator" and "discriminator", or "joint".
             train_state: JSON-ready state of the trainer.
             config_json: The resolved configuration.
+            wait: Return when it is published, with checkpoint.asynchronous too; for a last commit.
 
         Returns:
-            The commit.
+            The commit; it is published where training waits for it, and otherwise once `finish`
+            or the next `save` returns.
 
         Raises:
-            SaveError: A rank could not write; on all ranks, and nothing is left behind.
+            SaveError: A rank could not write; on all ranks, and nothing is left behind. With
+                checkpoint.asynchronous and without `wait` it is the commit before this one that
+                failed, and this one is under way.
         """
-        final = self._folder / commit_name(step)
-        partial = final.with_name(final.name + ".partial")
-        try:
-            self._together(lambda: self._prepare(partial, engines, train_state, config_json))
-            files = self._together(lambda: self._write_share(partial, engines))
-            self._together(lambda: self._publish(partial, final, files, step))
-        except SaveError:
-            if self._rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if self._rank == 0:
-            self._prune()
-        self._barrier()
-        return Commit(final, step)
+        earlier = self._join()
+        in_background = self._section.asynchronous and not wait
+        shares: dict[str, Callable[[], Snapshot]] = {}
+        for network, engine in engines.items():
+            # Made only when it is written where training waits: one network's copy at a time.
+            take = partial(snapshot, engine, self._rank)
+            shares[network] = partial(_same, take()) if in_background else take
+        draft = Draft(
+            step,
+            shares,
+            sum(state_bytes(engine, self._rank) for engine in engines.values()),
+            to_json(train_state),
+            config_json,
+        )
+        if not in_background:
+            if earlier is not None:
+                logger.warning("%s; step %d is written now", earlier, step)
+            return self._writer.write(draft, self._on_progress)
+        self._under_way = BackgroundWrite(self._writer, draft)
+        if earlier is not None:
+            raise earlier
+        return Commit(self._folder / commit_name(step), step)
 
-    def _prepare(
-        self, partial: Path, engines: dict[str, Any], train_state: dict[str, Any], config_json: str
-    ) -> None:
-        """Make the folder and write what belongs to no rank."""
-        if self._rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            for network in engines:
-                (partial / network).mkdir(parents=True)
-            write_durably(partial / "train_state.json", to_json(train_state))
-            write_durably(partial / "config.resolved.json", config_json)
+    def finish(self) -> None:
+        """Wait for the commit that is under way, if there is one.
 
-    def _write_share(self, partial: Path, engines: dict[str, Any]) -> dict[str, Any]:
-        """Write and sync this rank's files; returns their manifest entries."""
-        mine = [f"{network}/rank-{self._rank:05d}.safetensors" for network in engines]
-        for name, engine in zip(mine, engines.values(), strict=True):
-            write_state(engine, self._rank, partial / name)
-            fsync_file(partial / name)
-        if self._rank == 0:
-            mine += ["train_state.json", "config.resolved.json"]
-        return {name: _describe(partial / name) for name in mine}
-
-    def _publish(self, partial: Path, final: Path, files: list[dict[str, Any]], step: int) -> None:
-        """Seal and rename a complete `.partial` folder."""
-        if self._rank != 0:
-            return
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "world_size": len(files),
-            "files": {name: entry for part in files for name, entry in part.items()},
-        }
-        write_durably(partial / "manifest.json", to_json(manifest))
-        write_durably(partial / "manifest.sha256", sha256_of(partial / "manifest.json") + "\n")
-        for folder in (*(p for p in partial.iterdir() if p.is_dir()), partial):
-            fsync_folder(folder)
-        if final.exists():  # the same step again, after its commit was found damaged or incomplete
-            shutil.rmtree(final)
-        partial.rename(final)
-        fsync_folder(self._folder)
-        write_durably(self._folder / "latest", final.name + "\n")
-
-    def _prune(self) -> None:
-        """Remove commits that retention no longer keeps; the newest always stays.
-
-        What cannot be removed, such as a file that a reader on NFS holds open, is tried again at
-        the next start: no reason to end a run that has just been saved.
+        Raises:
+            SaveError: It could not be written; the same on all ranks.
         """
-        commits = list_commits(self._folder)
-        every = self._section.milestone_interval_steps
-        for commit in commits[: -self._section.keep_last]:
-            if not every or commit.step % every:
-                # Renamed first: a removal that is interrupted leaves no half commit behind.
-                doomed = commit.path.with_name(commit.path.name + ".removing")
-                try:
-                    commit.path.rename(doomed)
-                    shutil.rmtree(doomed)
-                except OSError as error:
-                    logger.warning("%s could not be removed: %s", commit.path, error)
+        error = self._join()
+        if error is not None:
+            raise error
+
+    def _join(self) -> SaveError | None:
+        """Wait for the commit that is under way; returns what it could not do."""
+        if self._under_way is None:
+            return None
+        error = self._under_way.join(self._on_progress)
+        self._under_way = None
+        if error is not None and not isinstance(error, SaveError):
+            raise error
+        return error
 
     def newest_valid(self) -> Commit | None:
         """Find the newest commit whose every byte is as written; ranks share the hashing.
@@ -171,22 +180,29 @@ class CheckpointStore:
 
         Raises:
             CorruptError: There are commits and none of them is whole.
+            UnknownFormatError: The newest was written by another version of the program.
         """
+        if (error := self._join()) is not None:
+            logger.warning("%s", error)
         if self._rank == 0:
-            for leftover in (*self._folder.glob("*.partial"), *self._folder.glob("*.removing")):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
+            self._upkeep.remove_leftovers()
         self._barrier()
         damaged: dict[Path, str] = {}
         # As rank 0 sees them: on a shared file system the ranks' listings may differ for a while.
-        for commit in reversed(self._gather(list_commits(self._folder))[0]):
-            failures = [text for text in self._gather(self._check_share(commit)) if text]
-            if not failures:
-                self._set_aside(damaged)
+        mine = list_commits(self._folder) if self._rank == 0 else []
+        for commit in reversed(gather(mine, self._group)[0]):
+            problems = [p for p in gather(self._check_share(commit), self._group) if p is not None]
+            for problem in problems:
+                if isinstance(problem, UnknownFormatError):
+                    raise problem
+            if not problems:
+                if self._rank == 0:
+                    self._upkeep.set_aside(damaged)
+                    self._upkeep.trust(commit)
+                self._barrier()
+                self._writer.published_step = commit.step
                 return commit
-            damaged[commit.path] = failures[0]
+            damaged[commit.path] = str(problems[0])
         if damaged:
             # Nothing is renamed here: the next start must not take the run for a new one.
             raise CorruptError(
@@ -197,61 +213,25 @@ class CheckpointStore:
             )
         return None
 
-    def _set_aside(self, damaged: dict[Path, str]) -> None:
-        """Name the damaged commits and move them out of the way without losing them."""
-        if self._rank == 0:
-            for path, problem in damaged.items():
-                logger.warning("%s; the newest commit before it is used", problem)
-                names = (path.with_name(f"{path.name}.corrupt-{n}") for n in itertools.count(1))
-                path.rename(next(name for name in names if not name.exists()))
-        self._barrier()
-
-    def _check_share(self, commit: Commit) -> str:
-        """Verify this rank's share of the files; returns what is wrong, or nothing."""
+    def _check_share(self, commit: Commit) -> CorruptError | UnknownFormatError | None:
+        """Verify this rank's share of the files; returns what is wrong."""
         size = 1 if self._group is None else self._group.size()
         try:
             manifest = read_manifest(commit)
             check_names(commit, manifest)
-            verify_files(commit, sorted(manifest["files"])[self._rank :: size], manifest)
-        except (CorruptError, OSError) as error:  # a disk may also refuse to read
-            return str(error)
-        return ""
-
-    def _together(self, action: Callable[[], T]) -> list[T]:
-        """Do something on every rank; where one fails to write, all of them raise the same."""
-        result, problem = None, ""
-        try:
-            result = action()
-        except (OSError, SafetensorError) as error:
-            problem = (
-                f"rank {self._rank} cannot write a checkpoint into {self._folder}: {error} "
-                f"({_free_bytes(self._folder) / 1e6:,.0f} MB are free there)"
-            )
-        parts = self._gather((result, problem))
-        for _, problem in parts:
-            if problem:
-                raise SaveError(problem)
-        return [result for result, _ in parts]
+            mine = sorted(manifest["files"])[self._rank :: size]
+            verify_files(commit, mine, manifest, self._on_progress)
+        except (CorruptError, UnknownFormatError) as error:
+            return error
+        except OSError as error:  # a disk may also refuse to list a folder
+            return CorruptError(f"{commit.path}: unreadable ({error})")
+        return None
 
     def _barrier(self) -> None:
         if self._group is not None:
             dist.barrier(group=self._group)
 
-    def _gather(self, value: Any) -> list[Any]:
-        """Collect a small value from every rank, on every rank."""
-        if self._group is None:
-            return [value]
-        values: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(values, value, group=self._group)
-        return values
 
-
-def _describe(path: Path) -> dict[str, Any]:
-    """Size and hash of a file, read back from where it was written."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _free_bytes(folder: Path) -> int:
-    """Free space where a folder is, or was before somebody removed it."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+def _same(taken: Snapshot) -> Snapshot:
+    """Give out a snapshot that was taken before; the retries of a commit need it again."""
+    return taken

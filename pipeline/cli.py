@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from data_prep.errors import UserError
+from pipeline.commands_checkpoint import checkpoint_app
 from pipeline.commands_compare import compare_command
 from pipeline.commands_evaluate import evaluate_command
 from pipeline.commands_export import export_command
+from pipeline.commands_extend import extend_command
 from pipeline.train import leave
 from pipeline.train import run as run_training
 
@@ -43,6 +45,8 @@ def train(
 app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)
+app.command("extend")(extend_command)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 @app.command()

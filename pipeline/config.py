@@ -22,10 +22,12 @@ from pipeline.config_networks import (
     Probability,
     Section,
 )
+from pipeline.config_schedule import ExtensionSection, PhaseSection, ScheduleSection
 
 __all__ = [
     "CheckpointSection",
     "DataSection",
+    "ExtensionSection",
     "ModelSection",
     "NetworkSection",
     "ObjectiveSection",
@@ -92,71 +94,6 @@ class OptimizerSection(Section):
         return self.generator_learning_rate
 
 
-class PhaseSection(Section):
-    """[[schedule.phases]]: the beginning of a run, with shorter sequences or smaller batches."""
-
-    until_step: PositiveInt
-    """Optimizer step before which the phase ends; the next phase, or the rest, begins there."""
-    sequence_length: Annotated[int, Field(ge=8)] | None = None
-    """Tokens in a sequence; data.sequence_length where not given."""
-    train_batch_size: PositiveInt | None = None
-    """Sequences in a step; the DeepSpeed JSON's where not given."""
-
-
-class ScheduleSection(Section):
-    """[schedule]: optimizer steps, and what changes over them."""
-
-    max_steps: PositiveInt
-    """Optimizer steps of the whole run."""
-    warmup_steps: NonNegativeInt
-    """Steps of linear warm-up from zero."""
-    decay: Literal["linear", "linear_released", "cosine", "wsd"] = "linear"
-    """From the peak to zero at max_steps: in a line, in the line of the released code (which jumps
-    by warmup_steps / max_steps behind the warm-up), in half a cosine, or at the end only."""
-    decay_steps: NonNegativeInt = 0
-    """Last steps in which `wsd` (warmup, stable, decay) goes to zero; for `wsd` alone."""
-    final_learning_rate_factor: Probability = 0.0
-    """Where `cosine` and `wsd` end, as a share of the peak."""
-    phases: tuple[PhaseSection, ...] = ()
-    """Shorter sequences or smaller batches at the beginning, in the order of their steps."""
-    max_consecutive_skipped_steps: PositiveInt = 20
-    """Non-finite steps in a row (of either network) after which the run stops with exit code 87."""
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Parts that outlast the run, and keys without the decay that they belong to."""
-        if self.warmup_steps > self.max_steps:
-            yield (
-                "warmup_steps",
-                f"{self.warmup_steps} is more than schedule.max_steps {self.max_steps};"
-                f" add schedule.warmup_steps={self.max_steps // 10}",
-            )
-        if (self.decay == "wsd") != (self.decay_steps > 0):
-            yield (
-                "decay_steps",
-                f"{self.decay_steps} does not go with schedule.decay {self.decay}: it is the length"
-                " of wsd's descent, and 0 with any other decay",
-            )
-        if self.warmup_steps + self.decay_steps > max(self.max_steps, self.warmup_steps):
-            yield (
-                "decay_steps",
-                f"{self.decay_steps} and schedule.warmup_steps {self.warmup_steps} are together"
-                f" more than schedule.max_steps {self.max_steps}",
-            )
-        if self.final_learning_rate_factor and self.decay not in ("cosine", "wsd"):
-            yield (
-                "final_learning_rate_factor",
-                f"{self.final_learning_rate_factor} does not go with schedule.decay {self.decay},"
-                " which ends at zero; use cosine or wsd",
-            )
-        ends = [phase.until_step for phase in self.phases]
-        if ends != sorted(set(ends)) or (ends and ends[-1] >= self.max_steps):
-            yield (
-                "phases",
-                f"end at steps {ends}: each must end after the one before it, and the last before"
-                f" schedule.max_steps {self.max_steps}",
-            )
-
-
 class InitializeSection(Section):
     """[initialize]: continued pre-training from a model that exists."""
 
@@ -181,6 +118,12 @@ class CheckpointSection(Section):
     """Newest commits that are kept."""
     milestone_interval_steps: NonNegativeInt = 0
     """Every commit whose step is a multiple of this is kept for ever; 0 keeps none."""
+    interval_seconds: NonNegativeFloat = 0.0
+    """Seconds since the newest commit after which the next step boundary has one; 0 never."""
+    asynchronous: bool = False
+    """Training goes on while a snapshot in memory is written, synced and hashed."""
+    write_attempts: PositiveInt = 3
+    """Times that a commit is tried, with a growing pause, before the run goes on without it."""
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Milestones at steps that have no commit."""
@@ -190,6 +133,34 @@ class CheckpointSection(Section):
                 f"{self.milestone_interval_steps} is not a multiple of checkpoint.interval_steps"
                 f" {self.interval_steps}: most milestones would have no commit",
             )
+
+
+class SafetySection(Section):
+    """[safety]: what notices hangs, slow ranks, divergence and silent corruption."""
+
+    hang_seconds: PositiveFloat = 60.0
+    """A rank without progress for this long, and for longer than `hang_step_factor` steps, ends the
+    run with exit code 86."""
+    hang_step_factor: PositiveFloat = 5.0
+    """Times the slowest recent step that a rank may be without progress."""
+    startup_seconds: PositiveFloat = 600.0
+    """The same limit until the first step has ended: imports, compilation, the first reads."""
+    straggler_factor: Annotated[float, Field(gt=1.0)] = 1.5
+    """A rank that computes this many times longer than the median rank is reported."""
+    straggler_steps: PositiveInt = 50
+    """Steps over which ranks are compared."""
+    spike_threshold: NonNegativeFloat = 8.0
+    """Robust z-score of a step's loss, against those of `spike_window_steps`, that is a spike; 0
+    never is."""
+    spike_window_steps: Annotated[int, Field(ge=16)] = 128
+    """Steps that a loss is compared with."""
+    spike_policy: Literal["log", "rollback"] = "log"
+    """`rollback` goes back to the newest commit and leaves out the data since then."""
+    max_rollbacks: NonNegativeInt = 2
+    """Roll-backs to about the same place before the run ends with exit code 87."""
+    replica_interval_steps: NonNegativeInt = 500
+    """Steps between comparisons of what all ranks should hold alike, beside those before commits; 0
+    never compares."""
 
 
 class EvaluationSection(Section):
@@ -234,6 +205,7 @@ class RunConfig(Section):
     schedule: ScheduleSection
     initialize: InitializeSection = InitializeSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    safety: SafetySection = SafetySection()
     evaluation: EvaluationSection = EvaluationSection()
     logging: LoggingSection = LoggingSection()
     reference: ReferenceSection = ReferenceSection()

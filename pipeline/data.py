@@ -6,7 +6,8 @@
        order of its own.
     3. `pipeline.phases` says which positions of which order a step takes, and
        `TrainBatches.at_step` cuts them into micro batches by rank; another world size cuts the same
-       samples. Without phases, step s takes [s * batch, (s + 1) * batch).
+       samples. Without phases, step s takes [s * batch, (s + 1) * batch). Positions in the skip
+       list, which roll-backs add to, are passed over.
     4. `pipeline.prefetch` asks for the next steps in a thread.
 
 Nothing is remembered between steps: resuming is asking for another step.
@@ -16,15 +17,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from data_prep.errors import CorruptError
 from data_prep.manifest import Split
 from data_prep.shards import Dataset
 from pipeline.config import RunConfig
 from pipeline.counter_rng import sample_words
 from pipeline.ds_config import BatchPlan
 from pipeline.phases import TrainSchedule, train_schedule
-from pipeline.sample_order import Int64Array, SampleOrder
+from pipeline.sample_order import (
+    NOTHING_SKIPPED,
+    Int64Array,
+    SampleOrder,
+    SkipList,
+    SkippedWindow,
+)
 
 PAD_ID, CLS_ID, SEP_ID, UNK_ID = 0, 1, 2, 3
 
@@ -98,15 +107,13 @@ class SequenceStream:
             The batch, on the host.
 
         Raises:
-            CorruptError: A block of a shard, hashed at its first use, is not what was written.
+            CorruptError: A block of a shard, hashed at its first use, is not what was written; the
+                message names the sample and its tokens.
         """
         ids_BL = np.full((len(samples), self.sequence_length), PAD_ID, np.int64)
         lengths_B = np.empty(len(samples), np.int64)
         for row, sample in enumerate(samples.tolist()):
-            start = sample * self._content
-            tokens = self._dataset.read(
-                self._split, start, min(start + self._content, self.num_tokens)
-            )
+            tokens = self._tokens(sample)
             ids_BL[row, 0] = CLS_ID
             ids_BL[row, 1 : 1 + len(tokens)] = tokens
             ids_BL[row, 1 + len(tokens)] = SEP_ID
@@ -118,6 +125,33 @@ class SequenceStream:
             torch.tensor(words, dtype=torch.int64),
             is_full=bool((lengths_B == self.sequence_length).all()),
         )
+
+    def token_range(self, sample: int) -> tuple[int, int]:
+        """Give the tokens of a sequence, counted over the split.
+
+        Args:
+            sample: Index of the sequence.
+
+        Returns:
+            (first token, token before which it ends), without [CLS] and [SEP].
+        """
+        start = sample * self._content
+        return start, min(start + self._content, self.num_tokens)
+
+    def _tokens(self, sample: int) -> npt.NDArray[np.uint32]:
+        """Read one sequence's tokens; an error says whose they are."""
+        start, end = self.token_range(sample)
+        try:
+            return self._dataset.read(self._split, start, end)
+        except CorruptError as error:
+            raise CorruptError(f"{error} ({self._whose(sample)})") from error
+        except Exception as error:
+            error.add_note(f"while reading {self._whose(sample)}")
+            raise
+
+    def _whose(self, sample: int) -> str:
+        start, end = self.token_range(sample)
+        return f"{self._split} sample {sample}, tokens {start:,} to {end - 1:,} of the split"
 
 
 @dataclass(frozen=True)
@@ -132,6 +166,8 @@ class TrainBatches:
     micro_batch_size: int
     world_size: int
     rank: int
+    skip_list: SkipList = NOTHING_SKIPPED
+    """What roll-backs have left out."""
 
     def batch_size_at(self, step: int) -> int:
         """Look up the batch of a step.
@@ -162,12 +198,19 @@ class TrainBatches:
             step: Completed optimizer steps.
 
         Returns:
-            Epochs, with fraction, added up over the sequence lengths.
+            Epochs, with fraction, added up over the sequence lengths. What was left out before the
+            last sample counts as passed: the data is that much further.
         """
         return sum(
-            self.schedule.samples_before(step, length) / stream.num_sequences
+            self._positions_before(step, length) / stream.num_sequences
             for length, stream in self.streams.items()
         )
+
+    def _positions_before(self, step: int, sequence_length: int) -> int:
+        """How far one length's order has been used up after so many steps."""
+        count = self.schedule.samples_before(step, sequence_length)
+        last = self.skip_list.positions(sequence_length, np.array([count - 1], np.int64))
+        return int(last[0]) + 1 if count else 0
 
     def at_step(self, step: int) -> list[SequenceBatch]:
         """Read this rank's micro batches of one optimizer step.
@@ -178,25 +221,60 @@ class TrainBatches:
         Returns:
             One batch a micro step, as many as the step's batch needs. Over all ranks and micro
             steps they hold, once each, as many positions of the order of the step's sequence length
-            as its batch has sequences, from `schedule.first_sample(step)` on.
+            as its batch has sequences: those after the first `schedule.first_sample(step)` that
+            are not left out.
 
         Raises:
             CorruptError: As for `SequenceStream.batch`.
         """
-        phase = self.schedule.phase_at(step)
-        per_micro_step = self.micro_batch_size * self.world_size
-        first = self.schedule.first_sample(step) + self.rank * self.micro_batch_size
-        starts = np.arange(first, first + phase.train_batch_size, per_micro_step, dtype=np.int64)
-        # One call for the whole step: the order's cost is that of calls, not of samples.
-        positions = (starts[:, None] + np.arange(self.micro_batch_size, dtype=np.int64)).ravel()
-        epochs, samples = self.orders[phase.sequence_length].samples(positions)
-        stream = self.streams[phase.sequence_length]
+        epochs, samples = self.samples_at(step, self.rank)
+        stream = self.streams[self.schedule.phase_at(step).sequence_length]
+        micro_steps = len(samples) // self.micro_batch_size
         return [
             stream.batch(of_micro_step, in_epochs)
             for of_micro_step, in_epochs in zip(
-                np.split(samples, len(starts)), np.split(epochs, len(starts)), strict=True
+                np.split(samples, micro_steps), np.split(epochs, micro_steps), strict=True
             )
         ]
+
+    def samples_at(self, step: int, rank: int) -> tuple[Int64Array, Int64Array]:
+        """Name the samples that a rank trains on in one optimizer step, without reading them.
+
+        Args:
+            step: Completed optimizer steps before this one.
+            rank: Any rank of this world.
+
+        Returns:
+            (epochs, samples), int64 [n] each, micro step by micro step.
+        """
+        phase = self.schedule.phase_at(step)
+        per_micro_step = self.micro_batch_size * self.world_size
+        first = self.schedule.first_sample(step) + rank * self.micro_batch_size
+        starts = np.arange(first, first + phase.train_batch_size, per_micro_step, dtype=np.int64)
+        # One call for the whole step: the order's cost is that of calls, not of samples.
+        counts = (starts[:, None] + np.arange(self.micro_batch_size, dtype=np.int64)).ravel()
+        positions = self.skip_list.positions(phase.sequence_length, counts)
+        return self.orders[phase.sequence_length].samples(positions)
+
+    def windows_between(self, first_step: int, end_step: int) -> tuple[SkippedWindow, ...]:
+        """Give the data of consecutive steps, to be left out when they are taken again.
+
+        Args:
+            first_step: Completed optimizer steps before the first of them.
+            end_step: The same for the first step behind them.
+
+        Returns:
+            One window for every sequence length that they train on.
+        """
+        windows = (
+            self.skip_list.window_of(
+                length,
+                self.schedule.samples_before(first_step, length),
+                self.schedule.samples_before(end_step, length),
+            )
+            for length in self.streams
+        )
+        return tuple(window for window in windows if window is not None)
 
 
 def train_batches(
@@ -205,6 +283,7 @@ def train_batches(
     streams: Mapping[int, SequenceStream],
     rank: int,
     first_step: int = 0,
+    skip_list: SkipList = NOTHING_SKIPPED,
 ) -> TrainBatches:
     """Order the training sequences of a run and cut them into batches.
 
@@ -214,6 +293,7 @@ def train_batches(
         streams: The training split, by each of `config.sequence_lengths`.
         rank: This rank.
         first_step: Step at which this start of the run begins.
+        skip_list: What roll-backs have left out.
 
     Returns:
         The batches of this rank.
@@ -238,6 +318,7 @@ def train_batches(
         plan.train_micro_batch_size_per_gpu,
         plan.world_size,
         rank,
+        skip_list,
     )
 
 

@@ -1,28 +1,23 @@
 """What a DeepSpeed engine owns on this rank, as named slices; the canonical form of a checkpoint.
 
 Every ZeRO stage keeps fp32 weights and Adam's averages in its own flat layout. Here they all become
-slices of parameters: (name, kind, first element, values). Slices are written to one safetensors
-file a rank, hold nothing that executes, and fit any other world size or stage, because a reader
-asks for elements of a parameter and not for the flat buffer of a rank.
+slices of parameters: (name, kind, first element, values), which fit any other world size or stage,
+because a reader asks for elements of a parameter and not for the flat buffer of a rank. Their files
+are those of `pipeline.rank_files`.
 
     stage 0      parameters and their Adam state are whole on every rank; rank 0 writes them
     stages 1, 2  fragments that DeepSpeed links to each parameter (`_hp_mapping`)
     stage 3      one contiguous run of every parameter a rank
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from data_prep.errors import CorruptError
+from pipeline.rank_files import MOMENTS, WEIGHT, StateReader, slice_metadata, write_tensors
 
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -141,102 +136,59 @@ def scalar_state(engine: Any) -> dict[str, Any]:
     return {"adam_step": steps.pop() if steps else 0, "loss_scaler": fields}
 
 
-def write_state(engine: Any, rank: int, file: Path) -> None:
-    """Write this rank's slices to one safetensors file.
+class Snapshot(NamedTuple):
+    """This rank's slices of one network, copied to host memory: training may go on."""
+
+    tensors: dict[str, torch.Tensor]
+    """KIND/PARAMETER -> fp32 [count]."""
+    metadata: dict[str, str]
+    """What the file says beside them: the first element of every slice."""
+
+
+def snapshot(engine: Any, rank: int) -> Snapshot:
+    """Copy this rank's slices to host memory.
 
     Args:
         engine: A DeepSpeed engine at a step boundary.
         rank: This process's data-parallel rank.
-        file: Where to; its folder exists.
+
+    Returns:
+        Copies that later steps do not change.
     """
     tensors, starts = {}, {}
     for part in local_slices(engine, rank):
         starts[part.name] = part.start
         for kind, values in part.tensors.items():
-            # safetensors refuses views that share storage; the copy is also the snapshot.
             tensors[f"{kind}/{part.name}"] = values.detach().to("cpu", copy=True)
-    save_file(tensors, file, metadata={"starts": json.dumps(starts)})
+    return Snapshot(tensors, slice_metadata(starts))
 
 
-class StateReader:
-    """Reads any run of elements of any parameter from one network's folder of a commit."""
+def write_snapshot(
+    taken: Snapshot, file: Path, progress: Callable[[], None] = lambda: None
+) -> None:
+    """Write a snapshot to one safetensors file.
 
-    def __init__(self, folder: Path) -> None:
-        """Index the headers of the rank files.
+    Args:
+        taken: What `snapshot` returned.
+        file: Where to; its folder exists.
+        progress: Called again and again while it is written.
+    """
+    shapes = {key: tuple(values.shape) for key, values in taken.tensors.items()}
+    write_tensors(file, taken.metadata, shapes, taken.tensors.__getitem__, progress)
 
-        Args:
-            folder: `.../step-00010000/generator` or `discriminator`.
-        """
-        self._folder = folder
-        self._parts: dict[str, list[tuple[int, int, Path]]] = {}
-        self._open: dict[Path, Any] = {}
-        for path in sorted(folder.glob("rank-*.safetensors")):
-            handle = safe_open(path, framework="pt")
-            self._open[path] = handle
-            for name, start in json.loads(handle.metadata()["starts"]).items():
-                (count,) = handle.get_slice(f"{WEIGHT}/{name}").get_shape()
-                self._parts.setdefault(name, []).append((start, count, path))
 
-    @property
-    def names(self) -> list[str]:
-        """Names of all parameters, sorted."""
-        return sorted(self._parts)
+def state_bytes(engine: Any, rank: int) -> int:
+    """Count what a snapshot of this rank takes, in memory and, but for a header, on disk.
 
-    def read(self, name: str, kind: str, start: int, count: int) -> torch.Tensor:
-        """Read consecutive elements.
+    Args:
+        engine: A DeepSpeed engine at a step boundary.
+        rank: This process's data-parallel rank.
 
-        Args:
-            name: Parameter.
-            kind: "weight", "exp_avg" or "exp_avg_sq".
-            start: First element.
-            count: How many.
-
-        Returns:
-            fp32 [count] on the CPU.
-
-        Raises:
-            CorruptError: The files do not hold all of these elements.
-        """
-        end = start + count
-        runs = [
-            (max(start, part_start), min(end, part_start + part_count), part_start, path)
-            for part_start, part_count, path in sorted(self._parts.get(name, []))
-            if part_start < end and start < part_start + part_count
-        ]
-        # Each run must begin where the one before it ends, or elements are missing or there twice.
-        if [start, *(last for _, last, *_ in runs)] != [*(first for first, *_ in runs), end]:
-            raise CorruptError(
-                f"{self._folder}: elements {start} to {end} of {name} are not there exactly once; "
-                "use another commit"
-            )
-        result = torch.empty(count)
-        for first, last, part_start, path in runs:
-            values = self._open[path].get_slice(f"{kind}/{name}")
-            result[first - start : last - start] = values[first - part_start : last - part_start]
-        return result
-
-    def weights(self, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-        """Read whole weights.
-
-        Args:
-            shapes: Parameter name -> shape.
-
-        Returns:
-            name -> fp32 tensor of that shape.
-
-        Raises:
-            CorruptError: Names or sizes differ from what is stored.
-        """
-        if set(shapes) != set(self._parts):
-            odd = sorted(set(shapes) ^ set(self._parts))
-            raise CorruptError(
-                f"{self._folder}: parameters differ from the model's: {', '.join(odd[:5])}; "
-                "the checkpoint belongs to another configuration"
-            )
-        return {
-            name: self.read(name, WEIGHT, 0, shape.numel()).view(shape)
-            for name, shape in shapes.items()
-        }
+    Returns:
+        Bytes.
+    """
+    parts = local_slices(engine, rank)
+    return sum(values.nbytes for part in parts for values in part.tensors.values())
 
 
 def restore_state(engine: Any, rank: int, reader: StateReader, scalars: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from data_prep.errors import CorruptError, UserError
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
-from pipeline.commit import Commit, list_commits, verify_commit
+from pipeline.commit import Commit, list_commits, read_manifest, verify_commit
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config
 from pipeline.data import SequenceStream
@@ -99,10 +99,10 @@ def find_commit(run_or_commit: Path) -> Commit:
     path = run_or_commit
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name a run folder or one of its checkpoints")
-    if (path / "train_state.json").is_file():
+    if (path / "manifest.json").is_file() or (path / "train_state.json").is_file():
         commit = Commit(path, 0)
         verify_commit(commit)
-        return Commit(path, int(commit.read_json("train_state.json")["state"]["step"]))
+        return Commit(path, int(read_manifest(commit)["step"]))
     commits = list_commits(path / "checkpoints") or list_commits(path)
     if not commits:
         raise UserError(

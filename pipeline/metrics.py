@@ -4,16 +4,10 @@
     2. `StepSums.reduce` adds the vectors of all ranks; every rank then holds the same totals.
     3. `IntervalSums` accumulates totals until a row is due; a commit carries what is accumulated,
        so that a resumed run writes the same row.
-    4. `MetricsWriter` writes a row to metrics.jsonl and TensorBoard under the same names.
+    4. `pipeline.metrics_writer` writes a row under the same names everywhere.
 
 A logged loss is global sum / global count over the interval, without lambda.
 """
-
-import json
-import math
-import os
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -176,44 +170,3 @@ class IntervalSums:
             state: What `state` returned.
         """
         self.vector.copy_(torch.tensor([float.fromhex(v) for v in state], dtype=torch.float64))
-
-
-class MetricsWriter:
-    """Appends rows to metrics.jsonl and TensorBoard; rank 0 only."""
-
-    def __init__(self, metrics: Path, tensorboard: Path, purge_step: int) -> None:
-        """Open both.
-
-        Args:
-            metrics: The jsonl file; rows are appended.
-            tensorboard: Folder of event files.
-            purge_step: TensorBoard hides earlier rows from this step on.
-        """
-        from torch.utils.tensorboard import SummaryWriter  # costs a second to import
-
-        self._file = metrics.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(tensorboard), purge_step=purge_step)
-
-    def write(self, step: int, figures: dict[str, Any]) -> None:
-        """Write one row.
-
-        Args:
-            step: Completed optimizer steps.
-            figures: name -> number; one that is not finite is null in the file, as JSON has no
-                other word for it.
-        """
-        row = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
-        for name, value in figures.items():
-            self._tensorboard.add_scalar(name, value, step)
-
-    def sync(self) -> None:
-        """Make the rows as durable as the commit that follows, whose run will not repeat them."""
-        os.fsync(self._file.fileno())
-        self._tensorboard.flush()
-
-    def close(self) -> None:
-        """Flush and close both."""
-        self._file.close()
-        self._tensorboard.close()

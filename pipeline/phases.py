@@ -80,13 +80,14 @@ class TrainSchedule:
         )
 
     def first_sample(self, step: int) -> int:
-        """Give the position at which a step begins in the endless order of its sequence length.
+        """Count the sequences of a step's own length before it.
 
         Args:
             step: Completed optimizer steps before it.
 
         Returns:
-            The position of its first sample.
+            The number of its first sample among those of its length that are trained on: its
+            position in their endless order where nothing is left out (`pipeline.sample_order`).
         """
         return self.samples_before(step, self.phase_at(step).sequence_length)
 

@@ -1,17 +1,19 @@
 """What may change when a run is resumed: one table.
 
 A resumed run promises the numbers of an undisturbed one, so a key keeps its value unless the table
-says otherwise. Two answers are possible besides "refused":
+says otherwise. Four answers are possible:
 
-    FREE      the numbers stay the same bit for bit
-    ROUNDING  the same run goes on, but sums are rounded in another order or type: samples, masks
-              and the schedule stay, losses agree closely and not bit for bit
+    FREE        the numbers stay the same bit for bit
+    ROUNDING    the same run goes on, but sums are rounded in another order or type: samples, masks
+                and the schedule stay, losses agree closely and not bit for bit
+    REFUSED     what was learned so far depends on it; only somebody who says so may go on, by
+                `--accept-config-change`
+    IMPOSSIBLE  the commit's weights and averages do not fit, or would mean something else
 
-The batch size and the clipping norm are refused, because what was learned so far depends on them.
-So is the schedule where it would have treated a completed step differently: with a linear decay,
-another `schedule.max_steps` would have given every earlier step another learning rate. With `wsd`
-it may change until the descent begins, and phases may change that have not begun. The cure is a new
-run folder.
+The schedule is refused only where it would have treated a completed step differently: with a linear
+decay, another `schedule.max_steps` would have given every earlier step another learning rate. With
+`wsd` it may change until the descent begins, phases may change that have not begun, and extensions
+(`deberta extend`) leave completed steps as they were.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +34,24 @@ class Verdict(Enum):
     FREE = "free"
     ROUNDING = "rounding"
     REFUSED = "refused"
+    IMPOSSIBLE = "impossible"
+
+
+ACCEPT_CONFIG = "--accept-config-change"
+_SHAPE = "the weights of the commit have another shape"
+_MEANING = "the weights of the commit would mean something else"
+_NETWORK = (
+    ("hidden_size", _SHAPE),
+    ("embedding_size", _SHAPE),
+    ("num_hidden_layers", _SHAPE),
+    ("num_attention_heads", _MEANING),
+    ("intermediate_size", _SHAPE),
+    ("max_position_embeddings", _SHAPE),
+    ("relative_attention", _SHAPE),
+    ("position_buckets", _SHAPE),
+    ("position_biased_input", _SHAPE),
+    ("conv_kernel_size", _SHAPE),
+)
 
 
 RESUME_RULES: tuple[tuple[str, Verdict, str], ...] = (
@@ -39,13 +59,35 @@ RESUME_RULES: tuple[tuple[str, Verdict, str], ...] = (
     ("run.folder", Verdict.FREE, "a run folder may be moved"),
     ("run.deterministic", Verdict.ROUNDING, "other kernels"),
     ("data.path", Verdict.FREE, "the dataset's fingerprint is compared instead"),
+    (
+        "model.vocab_size",
+        Verdict.IMPOSSIBLE,
+        "a new run with initialize.path and initialize.new_vocabulary=resize takes the rows that"
+        " both have",
+    ),
     ("model.attention_backend", Verdict.ROUNDING, "the same formula in another order"),
     ("model.activation_checkpointing", Verdict.FREE, "recomputed values are the same"),
+    *(
+        (f"{network}.{key}", Verdict.IMPOSSIBLE, reason)
+        for network in ("generator", "discriminator")
+        for key, reason in _NETWORK
+    ),
+    ("objective.task", Verdict.IMPOSSIBLE, "the commit has other networks"),
+    ("objective.enhanced_mask_decoder", Verdict.IMPOSSIBLE, _SHAPE),
+    ("objective.rtd_head", Verdict.IMPOSSIBLE, _SHAPE),
+    ("objective.embedding_sharing", Verdict.IMPOSSIBLE, "the commit has other word tables"),
+    ("objective.update", Verdict.IMPOSSIBLE, "the commit has other optimizers"),
     ("schedule.max_consecutive_skipped_steps", Verdict.FREE, "only says when to give up"),
+    (
+        "schedule.max_steps",
+        Verdict.REFUSED,
+        "completed steps would have had other learning rates (`deberta extend` adds steps)",
+    ),
     ("schedule.*", Verdict.REFUSED, "completed steps would have been other ones"),
     ("initialize.guard_margin", Verdict.FREE, "only warns"),
     ("initialize.*", Verdict.FREE, "read before the first commit, and never again"),
     ("checkpoint.*", Verdict.FREE, "when to commit, not what"),
+    ("safety.*", Verdict.FREE, "what is noticed, and what is done about it"),
     ("evaluation.*", Verdict.FREE, "training never reads a held-out figure"),
     ("logging.*", Verdict.FREE, "when to write, not what"),
     ("reference.*", Verdict.FREE, "only warns"),
@@ -127,23 +169,34 @@ def changed_deepspeed_keys(old: DeepSpeedConfig, new: DeepSpeedConfig) -> list[C
     return list(_compare(before, after, DEEPSPEED_RESUME_RULES, prefix="deepspeed."))
 
 
-def refuse_changes(run_folder: str, changes: Sequence[Change]) -> list[str]:
+def refuse_changes(
+    run_folder: str, changes: Sequence[Change], *, is_accepted: bool = False, flag: str = ""
+) -> list[str]:
     """Refuse to resume if a change forbids it.
 
     Args:
         run_folder: For the message.
         changes: From both functions above.
+        is_accepted: The user has said that REFUSED changes are wanted.
+        flag: The option by which a user says so, for the message; none where there is no such one.
 
     Returns:
         Warnings: one line for each change after which the run is not bit for bit the same.
 
     Raises:
-        UserError: With every refused change, its old and new value, and the cure.
+        UserError: With every change that stands in the way, its old and new value, and the cure.
     """
-    cure = "set it back, or start a new run with another run.folder"
+    cures = {
+        Verdict.IMPOSSIBLE: "no flag can accept this; set it back, or start a new run with another"
+        " run.folder",
+        Verdict.REFUSED: "set it back, or start a new run with another run.folder"
+        + (f", or accept it with {flag}" if flag else ""),
+    }
+    if is_accepted:
+        del cures[Verdict.REFUSED]
     raise_findings(
         f"resuming {run_folder}",
-        [f"{change}; {cure}" for change in changes if change.verdict is Verdict.REFUSED],
+        [f"{change}; {cures[change.verdict]}" for change in changes if change.verdict in cures],
     )
     return [str(change) for change in changes if change.verdict is Verdict.ROUNDING]
 

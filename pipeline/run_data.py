@@ -1,14 +1,21 @@
 """The dataset of a run, opened and compared with the run's configuration."""
 
+import hashlib
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
-from data_prep.errors import UserError
+from data_prep.errors import CorruptError, UserError
+from data_prep.manifest import SPLITS, Manifest
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
 from pipeline.config import RunConfig
 from pipeline.data import SequenceStream
 from pipeline.masking import MaskingVocabulary
 from pipeline.objective_keys import ObjectiveKeys
+
+_MAX_SOURCES = 100
+"""Sources that a commit names; the tokens of the others are summed up."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,11 @@ def open_run_data(config: RunConfig) -> RunData:
     if train[final].num_sequences == 0:
         raise UserError(f"data.path {config.data.path} holds no training tokens: build it again")
     tokenizer = Tokenizer.load(dataset.tokenizer_folder)
+    if tokenizer.fingerprint != dataset.manifest.tokenizer_fingerprint:
+        raise CorruptError(
+            f"{dataset.tokenizer_folder}: its model is not the one that the manifest names; build "
+            "the dataset again"
+        )
     vocabulary = MaskingVocabulary.from_tokenizer(tokenizer)
 
     def keys(length: int, split: str) -> ObjectiveKeys:
@@ -81,3 +93,39 @@ def open_run_data(config: RunConfig) -> RunData:
         {length: keys(length, "train") for length in lengths},
         keys(final, "heldout"),
     )
+
+
+def summarize_dataset(manifest: Manifest) -> dict[str, Any]:
+    """Say about a dataset what a commit keeps, so that another one can be told from it.
+
+    Args:
+        manifest: The dataset's manifest.
+
+    Returns:
+        JSON-ready values: build command and software, plan, what was dropped; and of each split
+        the tokens, documents, tokens by source and a hash over all of its tokens.
+    """
+    splits: dict[str, Any] = {}
+    for split in SPLITS:
+        shards = [shard for shard in manifest.shards if shard.split == split]
+        hashes = "".join(shard.tokens_sha256 for shard in shards)
+        by_source: Counter[str] = Counter()
+        for shard in shards:
+            by_source[shard.source] += shard.num_tokens
+        named = dict(by_source.most_common(_MAX_SOURCES))
+        if len(by_source) > len(named):
+            named["(others)"] = by_source.total() - sum(named.values())
+        splits[split] = {
+            "shards": len(shards),
+            "tokens": sum(shard.num_tokens for shard in shards),
+            "documents": sum(shard.num_documents for shard in shards),
+            "content": hashlib.sha256(hashes.encode()).hexdigest(),
+            "tokens from": named,
+        }
+    return {
+        "command": manifest.command,
+        "software": dict(manifest.software),
+        "plan_sha256": manifest.plan_sha256,
+        "dropped": dict(manifest.dropped),
+        **splits,
+    }

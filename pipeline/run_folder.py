@@ -7,6 +7,7 @@
     runs/NAME/metrics.jsonl          one object a logged step, floats in full precision
     runs/NAME/tensorboard/           the same numbers
     runs/NAME/logs/rank-00000.log    one log a rank
+    runs/NAME/heartbeats/            one file a rank, while it lives (`pipeline.watchdog`)
     runs/NAME/checkpoints/           commits (`pipeline.checkpoint`)
 
 Files that others read are replaced atomically; `metrics.jsonl` is append-only between resumes.
@@ -15,13 +16,13 @@ Files that others read are replaced atomically; `metrics.jsonl` is append-only b
 import json
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from data_prep.errors import UserError
+from data_prep.errors import CorruptError, UserError
+from pipeline.run_lock import RunLock
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -31,8 +32,9 @@ def write_durably(path: Path, text: str) -> None:
         path: File to replace.
         text: Its new contents.
     """
-    # A name of its own: at the end of a diverged run every rank may write state.json.
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    # A name of its own: ranks, and threads of a rank, may write state.json at the same time.
+    writer = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    partial = path.with_name(f"{path.name}.{writer}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -91,35 +93,32 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
-        self._lock = FileLock(path / ".lock")
+        self.lock = RunLock(path)
 
-    def acquire(self) -> None:
+    def acquire(self, job_id: str = "") -> str:
         """Create the folder and keep others out for as long as this process lives.
+
+        Args:
+            job_id: Of the batch system: a requeued job takes over its own folder at once.
+
+        Returns:
+            Whom it was taken over from and why; empty where nobody held it.
 
         Raises:
             UserError: Another process trains in this folder; the message says which.
         """
-        holder = self.path / ".holder.json"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            who = holder.read_text().strip() if holder.exists() else "unknown"
-            raise UserError(
-                f"run.folder {self.path} is in use by {who}: wait for that run, stop it, or choose "
-                "another run.folder"
-            ) from error
+            return self.lock.acquire(job_id)
         except OSError as error:
             raise UserError(
                 f"run.folder {self.path}: cannot be written ({error.strerror}); choose another "
                 "run.folder"
             ) from error
-        job = {"host": socket.gethostname(), "pid": os.getpid()}
-        holder.write_text(json.dumps(job) + "\n")
 
     def release(self) -> None:
         """Let others in."""
-        self._lock.release()
+        self.lock.release()
 
     def write_status(self, status: str, step: int | None, reason: str = "") -> None:
         """Replace state.json, which job scripts decide by.
@@ -130,7 +129,10 @@ class RunFolder:
             reason: One sentence for people.
         """
         if step is None:
-            step = self.committed_step()
+            try:
+                step = self.committed_step()
+            except CorruptError:  # what is written now replaces it
+                step = 0
         value = {"status": status, "step": step, "reason": reason}
         write_durably(self.path / "state.json", to_json(value))
 
@@ -139,9 +141,20 @@ class RunFolder:
 
         Returns:
             The step in state.json; 0 where nothing was committed yet.
+
+        Raises:
+            CorruptError: state.json cannot be read.
         """
         state = self.path / "state.json"
-        return json.loads(state.read_text(encoding="utf-8"))["step"] if state.exists() else 0
+        try:
+            return int(json.loads(state.read_text(encoding="utf-8"))["step"])
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptError(
+                f"{state}: cannot be read ({error}); remove it, and the newest checkpoint in "
+                f"{self.checkpoints} is used"
+            ) from error
 
     def note_restart(self, step: int, world_size: int, notes: list[str]) -> None:
         """Append a line to restarts.jsonl.

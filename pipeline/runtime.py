@@ -3,7 +3,7 @@
     World.from_environment   ranks from torchrun, the deepspeed launcher, MPI, or none of them
     start_world              the process group, a CPU group for control, pinned threads
     on_all_ranks             what fails on one rank fails on all, with the same message
-    StopSignal               SIGTERM, SIGUSR1, SIGINT set a flag; ranks agree on it once a step
+    fault_text               the injuries that a test asks for (`pipeline.faults`)
     environment              versions and hardware, compared when a run resumes
     configure_logging        rank 0 to the terminal, every rank to logs/rank-NNNNN.log
 
@@ -14,12 +14,8 @@ import importlib.metadata
 import logging
 import os
 import platform
-import signal
 import socket
 import sys
-import threading
-import time
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,8 +28,8 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 import pipeline
 from data_prep.errors import UserError
+from pipeline.faults import VARIABLE
 
-SECOND_SIGNAL_SECONDS = 3.0
 _MPI_RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 
 T = TypeVar("T")
@@ -77,9 +73,24 @@ class World:
                 "`torchrun` or `mpirun`, or unset RANK to train in one process"
             )
         else:
-            rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-            world_size = int(os.environ["WORLD_SIZE"])
+            rank, local_rank, world_size = map(_number, ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+            if not 0 <= rank < world_size:
+                raise UserError(
+                    f"RANK={rank} is not one of WORLD_SIZE={world_size} ranks, counted from 0: "
+                    "check the launcher, or unset RANK to train in one process"
+                )
         return cls(rank, local_rank, world_size, _device(local_rank))
+
+
+def _number(name: str) -> int:
+    """Read a launcher's variable that must be a whole number."""
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise UserError(
+            f"{name}={os.environ[name]} is not a number: launchers set it; unset it to train in "
+            "one process"
+        ) from None
 
 
 def _device(local_rank: int) -> torch.device:
@@ -146,6 +157,9 @@ def start_world(world: World, num_threads: int | None = None) -> dist.ProcessGro
         # A store in memory needs no port; DeepSpeed still looks for the launcher's variables.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        if "lo" in (name for _, name in socket.if_nameindex()):
+            # gloo would listen where the host's name resolves to, for nobody.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -154,11 +168,11 @@ def start_world(world: World, num_threads: int | None = None) -> dist.ProcessGro
     return group
 
 
-def on_all_ranks(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
+def on_all_ranks(group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
     """Do what may fail on some ranks alone, such as opening a file; a collective.
 
     Args:
-        group: Control group of all ranks.
+        group: Control group of all ranks; None for a single process.
         action: Called on every rank.
 
     Returns:
@@ -172,13 +186,33 @@ def on_all_ranks(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
         value = action()
     except UserError as error:
         problem = error
-    problems: list[UserError | None] = [None] * group.size()
-    dist.all_gather_object(problems, problem, group=group)
+    problems = [problem]
+    if group is not None:
+        problems *= group.size()
+        dist.all_gather_object(problems, problem, group=group)
     for rank, first in enumerate(problems):
         if first is not None:
             # Rank 0 speaks for all; what only another rank has seen needs its name.
             raise type(first)(f"rank {rank}: {first}" if rank else str(first))
     return cast(T, value)
+
+
+def fault_text() -> str:
+    """Read what a test wants to be hurt.
+
+    Returns:
+        Value of DEBERTA_FAULT for `pipeline.faults.configure`; empty for none.
+    """
+    return os.environ.get(VARIABLE, "")
+
+
+def job_id() -> str:
+    """Read which job of the cluster this is.
+
+    Returns:
+        SLURM's job id; empty outside of a job.
+    """
+    return os.environ.get("SLURM_JOB_ID", "")
 
 
 def use_deterministic_kernels() -> None:
@@ -188,6 +222,16 @@ def use_deterministic_kernels() -> None:
     # Filling every new buffer with NaN would write DeepSpeed's 2 GB buckets in every micro step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
+
+
+def _processor() -> str:
+    """Name the kind of processor, on which the rounding of a CPU's kernels depends."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def environment() -> dict[str, str]:
@@ -202,62 +246,12 @@ def environment() -> dict[str, str]:
         **{name: importlib.metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": _processor(),
         "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "host": socket.gethostname(),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
+        "slurm_job_id": job_id(),
     }
-
-
-class StopSignal:
-    """A request to stop that reaches one rank and that all ranks act on in the same step.
-
-    The handler only sets a flag: a rank inside a collective could not do more. A second signal at
-    least three seconds after the first ends the process at once (launchers often send two).
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self, control_group: dist.ProcessGroup | None) -> None:
-        """Keep the group in which ranks agree.
-
-        Args:
-            control_group: A gloo group of all ranks; None for a single process.
-        """
-        self._group = control_group
-        self._first_seconds: float | None = None
-        self.name = ""
-
-    def install(self) -> None:
-        """Take over the signals; only the main thread may."""
-        if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _frame: types.FrameType | None) -> None:
-        now = time.monotonic()
-        if self._first_seconds is None:
-            self._first_seconds = now
-            self.name = signal.Signals(number).name
-        elif now - self._first_seconds >= SECOND_SIGNAL_SECONDS:
-            os._exit(128 + number)
-
-    @property
-    def received(self) -> bool:
-        """Whether this rank has been asked to stop."""
-        return self._first_seconds is not None
-
-    def agreed(self) -> bool:
-        """Ask all ranks whether any of them has been asked to stop; a collective.
-
-        Returns:
-            The same answer on every rank.
-        """
-        if self._group is None or self._group.size() == 1:
-            return self.received
-        flag = torch.tensor([int(self.received)])
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        return bool(flag.item())
 
 
 class _RankFormatter(logging.Formatter):

@@ -1,5 +1,8 @@
 """The order of the samples in every epoch: an O(1)-memory permutation, a function of position.
 
+    SampleOrder   position -> epoch and sample
+    SkipList      how many samples were trained on -> position, over windows that are left out
+
 Blocks of neighbours are permuted, then the samples within a window of blocks, so that a cold disk
 reads runs. Example with 10 sequences, blocks of 2 and windows of 2 blocks: blocks in order
 (3 0 4 1 2), windows (3 0) and (4 1 2); position 5 of the epoch is some sample of blocks 4, 1, 2.
@@ -106,3 +109,79 @@ class SampleOrder:
             chosen = permute(first_block + slots[in_block], blocks, key)
             samples[in_block] = chosen * self.block_sequences + offsets[in_block]
         return samples
+
+
+@dataclass(frozen=True)
+class SkippedWindow:
+    """Neighbouring positions of one sequence length's endless order that are never trained on."""
+
+    sequence_length: int
+    """Tokens in a sequence."""
+    first_position: int
+    end_position: int
+    """Position before which it ends."""
+
+
+@dataclass(frozen=True)
+class SkipList:
+    """Which positions of the endless orders are left out, and so where each trained sample lies.
+
+    Training takes the positions that no window holds, in order. A window that is added where
+    training stands moves nothing that has been trained on. Example with the window [3, 5): the
+    trained samples 0 1 2 3 4 lie at the positions 0 1 2 5 6.
+    """
+
+    windows: tuple[SkippedWindow, ...] = ()
+    """In the order in which they were added; they may touch, overlap or hold one another."""
+
+    def positions(self, sequence_length: int, counts: Int64Array) -> Int64Array:
+        """Find where trained samples lie.
+
+        Args:
+            sequence_length: Tokens in their sequences.
+            counts: int64 [n]: how many samples of that length are trained on before each.
+
+        Returns:
+            int64 [n], positions of the endless order, which no window holds.
+        """
+        firsts, ends = self._merged(sequence_length)
+        if not len(firsts):
+            return counts
+        skipped = np.concatenate([[0], np.cumsum(ends - firsts)])
+        # The window after which a sample lies begins with that many trained samples before it.
+        windows_before = np.searchsorted(firsts - skipped[:-1], counts, side="right")
+        return counts + skipped[windows_before]
+
+    def window_of(self, sequence_length: int, first: int, end: int) -> SkippedWindow | None:
+        """Give the positions over which trained samples are spread, to be left out.
+
+        Args:
+            sequence_length: Tokens in their sequences.
+            first: How many samples of that length are trained on before the first of them.
+            end: The same for the first sample behind them.
+
+        Returns:
+            The window; it holds what was left out between them. None where they are none.
+        """
+        if first >= end:
+            return None
+        ends = self.positions(sequence_length, np.array([first, end - 1], np.int64))
+        return SkippedWindow(sequence_length, int(ends[0]), int(ends[1]) + 1)
+
+    def _merged(self, sequence_length: int) -> tuple[Int64Array, Int64Array]:
+        """Sort one length's windows and join those that touch: where each begins and ends."""
+        merged: list[list[int]] = []
+        for first, end in sorted(
+            (window.first_position, window.end_position)
+            for window in self.windows
+            if window.sequence_length == sequence_length
+        ):
+            if merged and first <= merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], end)
+            else:
+                merged.append([first, end])
+        array = np.array(merged, np.int64).reshape(-1, 2)
+        return array[:, 0], array[:, 1]
+
+
+NOTHING_SKIPPED = SkipList()

@@ -6,8 +6,9 @@
     mpirun -n 8 python -m pipeline.train --config PRESET --deepspeed_config JSON [...]
 
 Everything that can be wrong in the configuration, the data and the run folder is said before a
-model is built. Exit codes: 0 done, 2 usage or configuration, 75 stopped on request after a commit,
-87 diverged, 88 corrupt data or checkpoint; `state.json` in the run folder says the same.
+model is built. Exit codes: 0 done, 2 usage or configuration, 75 stopped on request after a commit
+or before the first step, 86 hang, 87 diverged, 88 corrupt data or checkpoint; `state.json` in the
+run folder says the same.
 """
 
 import argparse
@@ -29,10 +30,13 @@ from data_prep.errors import (
 )
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config, require_data_path
-from pipeline.ds_config import DeepSpeedConfig, check_device, combine_checks, load_deepspeed_config
+from pipeline.ds_config import DeepSpeedConfig, check_device, load_deepspeed_config
 
 if TYPE_CHECKING:
-    from pipeline.assemble import Session
+    from pipeline.resume import Accepts
+    from pipeline.run_folder import RunFolder
+    from pipeline.session import Session
+    from pipeline.stop_signal import StopSignal
 
 EXAMPLE = """example:
   deberta train --config deberta_v3_base --deepspeed_config ds_configs/zero1_bf16.json \\
@@ -55,7 +59,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         argv: Words after the program's name.
 
     Returns:
-        config, deepspeed_config, overrides, dry_run, world_size.
+        config, deepspeed_config, overrides, dry_run, world_size, accept_config_change,
+        accept_data_change.
 
     Raises:
         UserError: Unknown flags, or a required one is missing.
@@ -76,6 +81,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     parser.add_argument("--world-size", type=int, help="with --dry-run: ranks to plan for")
+    parser.add_argument(
+        "--accept-config-change",
+        action="store_true",
+        help="resume although keys have changed that the run depends on; recorded",
+    )
+    parser.add_argument(
+        "--accept-data-change",
+        action="store_true",
+        help="resume although the dataset is another one; recorded",
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -135,14 +150,15 @@ def run(argv: Sequence[str]) -> int:
         require_data_path(config)
     except UserError as error:
         return _report(error)
-    return _train(config, ds)
+    return _train(config, ds, options)
 
 
 def _report(error: UserError, *, everywhere: bool = False) -> int:
     """Say what is wrong once, not once a rank, unless only one rank may know it."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0 or everywhere:
-        where = f"rank {rank}: " if rank else ""
+    rank = os.environ.get("RANK", "0")
+    is_first = not rank.isdigit() or int(rank) == 0  # also where the launcher's words are nonsense
+    if is_first or everywhere:
+        where = "" if is_first else f"rank {rank}: "
         print(f"{where}error: {error}", file=sys.stderr, flush=True)
     return error.exit_code
 
@@ -156,42 +172,25 @@ def _dry_run(config: RunConfig, ds: DeepSpeedConfig, world_size: int) -> int:
     return 0
 
 
-def _train(config: RunConfig, ds: DeepSpeedConfig) -> int:
+def _train(config: RunConfig, ds: DeepSpeedConfig, options: argparse.Namespace) -> int:
     """Train as one rank of whatever world launched this process."""
     _prepare_process()
-    import torch.distributed as dist
+    from pipeline.stop_signal import StopSignal
 
-    from pipeline.assemble import Session
+    stop = StopSignal()
+    stop.install()  # before the imports that take long, so that start-up can be stopped cleanly
+    from pipeline.resume import Accepts
     from pipeline.run_folder import RunFolder
-    from pipeline.runtime import (
-        StopSignal,
-        World,
-        configure_logging,
-        start_world,
-        use_deterministic_kernels,
-    )
 
+    accepts = Accepts(options.accept_config_change, options.accept_data_change)
     folder = RunFolder(Path(config.run.folder))
     with ExitStack() as cleanup:
         try:
-            world = World.from_environment()
-            plan = ds.batch_plan(world.world_size)
-            check_device(ds, world.device.type)
-            if world.is_main:
-                folder.acquire()
-                cleanup.callback(folder.release)
-            if config.run.deterministic:
-                use_deterministic_kernels()
-            control_group = start_world(world)
-            cleanup.callback(dist.destroy_process_group)
-            stop = StopSignal(control_group)
-            stop.install()
-            configure_logging(world.rank, folder.path)
-            return _fit(Session(config, ds, plan, world, control_group, folder, stop))
+            return _fit(_join_world(config, ds, folder, stop, accepts, cleanup))
         except UserError as error:
             # Any rank may be the one that finds damage; the status must not wait for rank 0.
             if error.exit_code in _STATUS and folder.path.is_dir():
-                folder.write_status(_STATUS[error.exit_code], None, str(error).splitlines()[0])
+                _write_status(folder, _STATUS[error.exit_code], None, str(error).splitlines()[0])
             return _report(error, everywhere=error.exit_code == EXIT_CORRUPT)
 
 
@@ -204,47 +203,109 @@ def _prepare_process() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
+def _join_world(
+    config: RunConfig,
+    ds: DeepSpeedConfig,
+    folder: "RunFolder",
+    stop: "StopSignal",
+    accepts: "Accepts",
+    cleanup: ExitStack,
+) -> "Session":
+    """Take the run folder and meet the other ranks."""
+    import torch.distributed as dist
+
+    from pipeline import faults
+    from pipeline.rendezvous import meet_other_ranks
+    from pipeline.runtime import (
+        World,
+        configure_logging,
+        fault_text,
+        job_id,
+        use_deterministic_kernels,
+    )
+    from pipeline.session import Session
+    from pipeline.watchdog import Watchdog
+
+    world = World.from_environment()
+    faults.configure(fault_text(), world.rank)
+    plan = ds.batch_plan(world.world_size)
+    check_device(ds, world.device.type)
+    if world.is_main:
+        if taken_over := folder.acquire(job_id()):
+            print(f"note: {taken_over}", file=sys.stderr, flush=True)
+        cleanup.callback(folder.release)
+    watchdog = Watchdog(folder.path, world, config.safety)
+    watchdog.start()
+    cleanup.callback(watchdog.stop)
+    if config.run.deterministic:
+        use_deterministic_kernels()
+    faults.reach("start.world", folder.committed_step())
+
+    def leave_alone() -> None:
+        if world.is_main:
+            _write_status(folder, "stopped", None, "a signal, before all ranks were there")
+        leave(EXIT_STOPPED)
+
+    control_group = meet_other_ranks(world, is_asked_to_stop=stop.received, leave=leave_alone)
+    cleanup.callback(dist.destroy_process_group)
+    stop.join(control_group)
+    watchdog.join(control_group)
+    if world.is_main:
+        interval_seconds = config.checkpoint.interval_seconds
+        stop.watch(folder.path, interval_seconds, lost=lambda: folder.lock.lost)
+    configure_logging(world.rank, folder.path)
+    # Its collectives run in another thread and must never meet those of the loop.
+    in_background = config.checkpoint.asynchronous and world.world_size > 1
+    writer_group = dist.new_group(backend="gloo") if in_background else None
+    assert not isinstance(writer_group, int), "this rank belongs to every group"
+    return Session(
+        config, ds, plan, world, control_group, folder, stop, watchdog, accepts, writer_group
+    )
+
+
 def _fit(session: "Session") -> int:
     """Assemble the run, print its banner, train, and leave the final status."""
     from pipeline.assemble import assemble
     from pipeline.banner import banner_lines
+    from pipeline.session import StopRequested
 
-    assembled = assemble(session)
+    try:
+        assembled = assemble(session)
+    except StopRequested:
+        return _stopped(session, None)
     trainer, folder = assembled.trainer, session.folder
     step = trainer.state.step
     if session.world.is_main:
-        start = f"continues {assembled.resumed_from.path}" if assembled.resumed_from else "new"
-        facts = {
-            "versions": ", ".join(
-                f"{k} {v}" for k, v in trainer.identity["environment"].items() if v
-            ),
-            "data": assembled.data.describe(),
-        }
-        if phases := assembled.schedule.explain():
-            facts["phases"] = "; ".join(phases)
-        lines = banner_lines(
-            session.config, session.ds, session.plan, assembled.engines, facts, start
-        )
-        lines += [f"warning: {text}" for text in combine_checks(session.config, session.ds)]
-        lines += [f"note: {text}" for text in assembled.notes]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        print("\n".join(banner_lines(session, assembled)), file=sys.stderr, flush=True)
     try:
         outcome = trainer.fit()
     finally:
         trainer.close()
     if outcome == "stopped":
-        if session.world.is_main:
-            folder.write_status("stopped", trainer.state.step, f"{session.stop.name or 'request'}")
-            message = (
-                f"stopped on request; committed step {trainer.state.step}; the same command resumes"
-            )
-            print(message, file=sys.stderr, flush=True)
-        return EXIT_STOPPED
+        return _stopped(session, trainer.state.step or None)
     if session.world.is_main:
-        folder.write_status("done", trainer.state.step)
+        _write_status(folder, "done", trainer.state.step, "")
         if step == trainer.state.step:
             print(f"nothing left to do: {step:,} steps are done", file=sys.stderr, flush=True)
     return 0
+
+
+def _stopped(session: "Session", step: int | None) -> int:
+    """Say that and why the run has stopped; before the first step there is nothing to commit."""
+    if session.world.is_main:
+        _write_status(session.folder, "stopped", step, session.stop.name or "request")
+        done = "before the first step" if step is None else f"committed step {step}"
+        message = f"stopped on request; {done}; the same command resumes"
+        print(message, file=sys.stderr, flush=True)
+    return EXIT_STOPPED
+
+
+def _write_status(folder: "RunFolder", status: str, step: int | None, reason: str) -> None:
+    """Replace state.json; a disk that refuses must not change how the run ends."""
+    try:
+        folder.write_status(status, step, reason)
+    except (OSError, ValueError) as error:
+        print(f"warning: state.json does not say {status!r}: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,30 +4,30 @@
 commit holds everything that was written up to its step and a resumed run writes the rest again.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from data_prep.errors import DivergedError
-from pipeline.checkpoint import CheckpointStore, SaveError
-from pipeline.commit import Commit
+from pipeline import faults
+from pipeline.checkpoint import SaveError
 from pipeline.config import RunConfig
 from pipeline.data import SequenceBatch, TrainBatches
 from pipeline.engine import Engines, parameter_norm
 from pipeline.engine_state import scalar_state
 from pipeline.engine_stepping import StepOutcome, set_learning_rates
 from pipeline.guard import loss_above_chance, losses_above_start
-from pipeline.metrics import IntervalSums, MetricsWriter
+from pipeline.metrics import IntervalSums
 from pipeline.objective_keys import ObjectiveKeys
 from pipeline.prefetch import Prefetcher
-from pipeline.progress import ProgressDisplay, describe
-from pipeline.run_folder import RunFolder
-from pipeline.runtime import StopSignal, World
+from pipeline.progress import describe
+from pipeline.recovery import Recovery
+from pipeline.runtime import World, on_all_ranks
 from pipeline.schedule import learning_rate_factor
-from pipeline.step import StepResult, TrainingStep
 from pipeline.throughput import Throughput
+from pipeline.train_state import Services, TrainState
+from pipeline.training_step import StepAbandoned, StepResult, TrainingStep
 
 DELTA_NAME = "deberta.embeddings.word_embeddings._weight"
 """The discriminator's Delta of gradient-disentangled embedding sharing."""
@@ -35,46 +35,6 @@ MAX_FAILED_COMMITS = 3
 """Commits in a row that may fail before the run ends: more work than this is not put at risk."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainState:
-    """What a commit stores beside the networks; plain values, equal on all ranks."""
-
-    step: int = 0
-    """Completed optimizer steps."""
-    skipped: dict[str, int] = field(default_factory=dict)
-    """By engine: steps refused because a gradient was not finite."""
-    consecutive_skipped: int = 0
-    """Steps in a row in which some engine refused."""
-    owes_evaluation: bool = False
-    """A request to stop came before this step's evaluation was done; a resumed run does it."""
-    starting_figures: dict[str, float] = field(default_factory=dict)
-    """Continued pre-training: the held-out figures of the model that it began with."""
-
-    def count(self, outcomes: dict[str, StepOutcome]) -> None:
-        """Record what the optimizers did.
-
-        Args:
-            outcomes: By engine.
-        """
-        self.step += 1
-        for name, outcome in outcomes.items():
-            self.skipped[name] = self.skipped.get(name, 0) + (not outcome.applied)
-        applied = all(outcome.applied for outcome in outcomes.values())
-        self.consecutive_skipped = 0 if applied else self.consecutive_skipped + 1
-
-
-@dataclass
-class Services:
-    """What the loop calls besides the step; the last three exist on rank 0 only."""
-
-    checkpoints: CheckpointStore
-    stop: StopSignal
-    evaluate: Callable[[], dict[str, float] | None]
-    folder: RunFolder
-    metrics: MetricsWriter | None
-    progress: ProgressDisplay | None
 
 
 class Trainer:
@@ -88,6 +48,7 @@ class Trainer:
         keys: Mapping[int, ObjectiveKeys],
         batches: TrainBatches,
         services: Services,
+        recovery: Recovery,
         *,
         world: World,
         state: TrainState,
@@ -104,6 +65,7 @@ class Trainer:
             keys: By sequence length: the random functions of masks and draws.
             batches: The data as a function of the step.
             services: Checkpoints, signals, evaluation and output.
+            recovery: Judges every step.
             world: This process's place.
             state: Where to start.
             interval: Sums of the interval that a commit interrupted.
@@ -117,13 +79,16 @@ class Trainer:
         self._keys = keys
         self._batches = batches
         self._services = services
+        self._recovery = recovery
         self._world = world
         self._interval = interval
         self.identity = identity
         self._config_json = config_json
         self._clock = Throughput(config, world)
         self._last_commit = state.step
+        self._owes_commit = False
         self._failed_commits = 0
+        self._slowest_rank_ratio: dict[str, float] = {}
 
     def fit(self) -> str:
         """Train; all ranks execute the same statements.
@@ -137,32 +102,54 @@ class Trainer:
             SaveError: The last commit, or several in a row, could not be written.
         """
         max_steps = self.config.schedule.max_steps
-        prefetcher = Prefetcher(self._batches, self.state.step, max_steps)
+        self._prefetcher = self._read_ahead()
         try:
-            stopping = self._repay_evaluation()
+            stopping = self._services.stop.agreed() or self._repay_evaluation()
             while self.state.step < max_steps and not stopping:
-                with self._clock.waiting_for_data():
-                    micro_batches = prefetcher.next()
-                result = self._take_step(micro_batches)
-                stopping = self._services.stop.agreed()
-                self._write_row_when_due(result)
-                stopping = self._evaluate_when_due(stopping)
-                self._commit_when_due(stopping)
-                self._refuse_divergence()
+                result = self._take_step(self._wait_for_data())
+                requests = self._services.stop.agreed_requests()
+                stopping = requests.stop
+                if result is not None:
+                    self._write_row_when_due(result)
+                    if self._go_back_when_diverged(result):
+                        stopping = stopping or self._repay_evaluation()
+                        continue
+                    stopping = self._evaluate_when_due(stopping)
+                self._commit_when_due(stopping, requests.save)
+            self._finish_commits()
             return "stopped" if stopping else "done"
         finally:
-            prefetcher.close()
+            self._prefetcher.close()
 
-    def _take_step(self, micro_batches: list[SequenceBatch]) -> StepResult:
-        """Train on the micro batches of the step that comes next, and count it."""
+    def _read_ahead(self) -> Prefetcher:
+        """Begin to read the data of the next steps."""
+        return Prefetcher(self._batches, self.state.step, self.config.schedule.max_steps)
+
+    def _wait_for_data(self) -> list[SequenceBatch]:
+        """Take the micro batches of the step that comes next."""
+        self._services.watchdog.mark("data", self.state.step)
+        with self._clock.waiting_for_data():
+            return self._prefetcher.next()
+
+    def _take_step(self, micro_batches: list[SequenceBatch]) -> StepResult | None:
+        """Train on the micro batches of the step that comes next, and count it.
+
+        None where a request to stop came before a weight had changed: the step was not taken.
+        """
         step, length = self.state.step, micro_batches[0].input_ids_BL.shape[1]
         factor = learning_rate_factor(step, self.config.schedule)
-        result = self._train_step(
-            step, micro_batches, self._keys[length], partial(self._set_rates, factor)
+        try:
+            result = self._train_step(
+                step, micro_batches, self._keys[length], partial(self._set_rates, factor)
+            )
+        except StepAbandoned:
+            return None
+        self._services.watchdog.step_ended(
+            self._clock.count_step(self._batches.batch_size_at(step), length)
         )
-        self._clock.count_step(self._batches.batch_size_at(step), length)
         self.state.count(result.outcomes)
-        self._interval.add(result.sums)
+        if bool(result.sums.isfinite().all()):  # one loss that is not would hide all the others
+            self._interval.add(result.sums)
         return result
 
     def _set_rates(self, factor: float, name: str) -> None:
@@ -176,7 +163,11 @@ class Trainer:
         return last or (interval_steps > 0 and step % interval_steps == 0)
 
     def _write_row_when_due(self, result: StepResult) -> None:
+        """Write a row at intervals; ranks are compared at intervals of their own."""
         services = self._services
+        ratio = services.stragglers.add(result.forward_seconds, self.state.step)
+        if ratio is not None:
+            self._slowest_rank_ratio = {"perf/slowest_rank_ratio": ratio}
         if services.progress is not None:
             services.progress.advance(self.state.step)
         if not self._is_due(self.config.logging.interval_steps):
@@ -187,6 +178,7 @@ class Trainer:
             "train/epochs": self._batches.epochs_at(self.state.step),
             **self._optimizer_figures(result.outcomes),
             **self._clock.take(),
+            **self._slowest_rank_ratio,
         }
         if services.metrics is not None and services.progress is not None:
             services.metrics.write(self.state.step, figures)
@@ -232,7 +224,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Write the held-out figures of this step; False where a request to stop came between."""
         with self._clock.paused():
-            figures = self._services.evaluate()
+            figures = self._services.evaluate(self._between_batches)
         if figures and self.config.initialize.path:
             self._guard(figures)
         if figures and self._services.metrics is not None and self._services.progress is not None:
@@ -240,6 +232,12 @@ class Trainer:
             shown = describe({k.replace("eval/", "train/"): v for k, v in figures.items()})
             self._services.progress.say(f"step {self.state.step:,} held-out: {shown}")
         return figures is not None
+
+    def _between_batches(self) -> bool:
+        """Asked before every held-out batch: whether to give up the evaluation."""
+        faults.reach("evaluate.batch", self.state.step)
+        self._services.watchdog.mark("evaluate", self.state.step)
+        return self._services.stop.agreed()
 
     def _guard(self, figures: dict[str, float]) -> None:
         """Judge and keep the figures of the starting point; warn where a later loss is higher."""
@@ -252,47 +250,81 @@ class Trainer:
         for line in lines:
             logger.warning("step %d: %s", self.state.step, line)
 
-    def _commit_when_due(self, stopping: bool) -> None:
+    def _commit_when_due(self, stopping: bool, wanted: bool) -> None:
         """Commit at intervals, at the end and on request; a full disk must not end a long run."""
-        if not stopping and not self._is_due(self.config.checkpoint.interval_steps):
+        is_last = stopping or self.state.step == self.config.schedule.max_steps
+        due = self._is_due(self.config.checkpoint.interval_steps)
+        self._owes_commit = self._owes_commit or wanted or due
+        # A commit in the middle of a streak of refused steps would be no place to go back to.
+        can_wait = self.state.consecutive_skipped > 0 and not is_last
+        # A step that was abandoned right behind a commit leaves nothing new.
+        is_new = self.state.step != self._last_commit
+        if not (self._owes_commit or is_last) or can_wait or not is_new:
             return
+        self._owes_commit = False
+        self._services.stop.saved()
         try:
-            with self._clock.paused():
-                self.commit()
+            self.commit(wait=is_last)
             self._failed_commits = 0
         except SaveError as error:
             self._failed_commits += 1
-            is_last = stopping or self.state.step == self.config.schedule.max_steps
             if is_last or self._failed_commits == MAX_FAILED_COMMITS:
+                with contextlib.suppress(SaveError):  # one that is under way may succeed
+                    self._services.checkpoints.finish()
                 raise SaveError(
-                    f"{error}; the newest commit is step {self._last_commit}: make room, then the "
-                    "same command goes on from there"
+                    f"{error}; the newest commit is step {self._newest_commit}: make room, then "
+                    "the same command goes on from there"
                 ) from error
             logger.warning("step %d: %s; the next commit tries again", self.state.step, error)
 
-    def commit(self) -> Commit:
-        """Publish the state of this step boundary; a collective.
+    @property
+    def _newest_commit(self) -> int:
+        return self._services.checkpoints.published_step
 
-        Returns:
-            The commit.
+    def commit(self, *, wait: bool = False) -> None:
+        """Publish the state of this step boundary, or begin to; a collective.
+
+        Args:
+            wait: Return when it is published, with checkpoint.asynchronous too.
+
+        Raises:
+            SaveError: It, or the asynchronous one before it, cannot be written; on all ranks.
         """
-        engines = self._engines.by_name
-        train_state = {
-            "state": vars(self.state),
-            "interval_sums": self._interval.state(),
-            "networks": {name: scalar_state(engine) for name, engine in engines.items()},
-            "identity": self.identity,
-            "tokens": self._batches.tokens_before(self.state.step),
-        }
-        step = self.state.step
-        if self._services.metrics is not None:
-            self._services.metrics.sync()
-        commit = self._services.checkpoints.save(step, engines, train_state, self._config_json)
+        engines, step = self._engines.by_name, self.state.step
+        self._services.watchdog.mark("save", step)
+        with self._clock.paused():
+            train_state = {
+                "state": vars(self.state),
+                "interval_sums": self._interval.state(),
+                "networks": {name: scalar_state(engine) for name, engine in engines.items()},
+                "identity": self.identity,
+                "tokens": self._batches.tokens_before(step),
+                "recovery": self._recovery.remember(),
+            }
+            on_all_ranks(self._services.control_group, self._sync_rows)
+            # Where this raises for an asynchronous commit before it, this one is under way.
+            self._last_commit = step if self.config.checkpoint.asynchronous else self._last_commit
+            commit = self._services.checkpoints.save(
+                step, engines, train_state, self._config_json, wait=wait
+            )
         self._last_commit = step
-        if self._world.is_main:
-            self._services.folder.write_status("running", step)
-        logger.info("committed %s", commit.path)
-        return commit
+        logger.info("commit %s", commit.path)
+
+    def _finish_commits(self) -> None:
+        """Wait for a commit that is still being written; one that fails now is written again."""
+        try:
+            self._services.checkpoints.finish()
+        except SaveError as error:
+            logger.warning("%s; step %d is written again", error, self.state.step)
+            self.commit(wait=True)
+
+    def _sync_rows(self) -> None:
+        """Put the rows of metrics.jsonl on the disk; a commit must not outlive them."""
+        if self._services.metrics is not None:
+            try:
+                self._services.metrics.sync()
+            except OSError as error:
+                raise SaveError(f"{self._services.folder.metrics}: {error}") from error
 
     def close(self) -> None:
         """Flush and close what was opened for output."""
@@ -301,12 +333,43 @@ class Trainer:
         if self._services.progress is not None:
             self._services.progress.close()
 
-    def _refuse_divergence(self) -> None:
-        limit = self.config.schedule.max_consecutive_skipped_steps
-        if self.state.consecutive_skipped >= limit:
-            raise DivergedError(
-                f"{limit} steps in a row had a non-finite gradient, the last one step "
-                f"{self.state.step}; the newest commit is step {self._last_commit}. Lower "
-                "optimizer.*_learning_rate, use bf16 instead of fp16, or raise "
-                "schedule.warmup_steps (limit: schedule.max_consecutive_skipped_steps)"
-            )
+    def _go_back_when_diverged(self, result: StepResult) -> bool:
+        """Judge the step; whether the run goes on from an earlier one. A collective.
+
+        Raises:
+            DivergedError: Going back would not help, or there is nothing to go back to.
+        """
+        step, recovery = self.state.step, self._recovery
+        commit_due = self._owes_commit or self._is_due(self.config.checkpoint.interval_steps)
+        decision = recovery.judge(self.state, result, self._batches, commit_due=commit_due)
+        if decision.action == "go on":
+            if decision.reason:
+                logger.warning("step %d: %s", step, decision.reason)
+            return False
+        arguments = (decision, self.state, result, self._batches)
+        if decision.action == "stop":
+            raise recovery.give_up(*arguments)
+        with self._clock.paused():
+            restored = recovery.go_back(*arguments)
+            self._prefetcher.close()
+            self._batches = restored.batches
+            self.state = restored.state
+            self._interval.load_state(restored.saved["interval_sums"])
+            self._last_commit = self.state.step
+            self._rewind_output()
+            self._prefetcher = self._read_ahead()
+        logger.warning(
+            "step %d: %s; back to the commit of step %d, %s",
+            *(step, decision.reason, self.state.step),
+            "without the data since then" if decision.leaves_out_data else "to take it again",
+        )
+        return True
+
+    def _rewind_output(self) -> None:
+        """Drop the rows that the run will write again."""
+        services, step = self._services, self.state.step
+        if services.metrics is not None and services.progress is not None:
+            services.metrics.close()
+            services.folder.cut_metrics(step, owes_evaluation=self.state.owes_evaluation)
+            services.metrics.reopen(step + 1)
+            services.progress.advance(step)

@@ -1,4 +1,4 @@
-"""A run folder written by hand, in the documented layout, with weights that hide nothing.
+"""Run folders written by hand, in the documented layout, and engines that need no DeepSpeed.
 
 Trained weights of a tiny run are close to their start: Delta is small, biases are zero, LayerNorms
 are ones. Here everything is random, so that a tensor left out or put elsewhere shows.
@@ -7,6 +7,7 @@ are ones. Here everything is random, so that a tensor left out or put elsewhere 
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -56,7 +57,8 @@ def random_pair(config: RunConfig, seed: int) -> NetworkPair:
 def write_commit(config: RunConfig, step: int, pair: NetworkPair | None = None) -> Path:
     """Write a commit of two ranks into the run's folder."""
     commit = Path(config.run.folder) / "checkpoints" / f"step-{step:08d}"
-    for folder_name, network in (pair or random_pair(config, step)).trained_modules().items():
+    networks = (pair or random_pair(config, step)).trained_modules()
+    for folder_name, network in networks.items():
         folder = commit / folder_name
         folder.mkdir(parents=True)
         for rank in range(2):
@@ -66,8 +68,8 @@ def write_commit(config: RunConfig, step: int, pair: NetworkPair | None = None) 
                 middle = flat.numel() // 3
                 part = flat[:middle] if rank == 0 else flat[middle:]
                 starts[name] = rank * middle
-                for kind in ("weight", "exp_avg", "exp_avg_sq"):
-                    tensors[f"{kind}/{name}"] = part.clone() * (1.0 if kind == "weight" else 0.0)
+                for kind, factor in (("weight", 1.0), ("exp_avg", 0.5), ("exp_avg_sq", 0.25)):
+                    tensors[f"{kind}/{name}"] = part.clone() * factor
             save_file(
                 tensors,
                 folder / f"rank-{rank:05d}.safetensors",
@@ -86,7 +88,12 @@ def write_commit(config: RunConfig, step: int, pair: NetworkPair | None = None) 
         "deepspeed_config": {},
         "batch": {"train_micro_batch_size_per_gpu": 4, "tokens_per_step": 320},
     }
-    state = {"state": {"step": step}, "identity": identity, "tokens": step * 320}
+    state = {
+        "state": {"step": step, "skipped": {name: 3 for name in networks}},
+        "networks": {name: {"adam_step": step - 3, "loss_scaler": {}} for name in networks},
+        "identity": identity,
+        "tokens": step * 320,
+    }
     (commit / "train_state.json").write_text(json.dumps(state))
     (commit / "config.resolved.json").write_text(json.dumps(resolved))
     _seal(commit, step)
@@ -106,6 +113,49 @@ def _seal(commit: Path, step: int) -> None:
     (commit / "manifest.json").write_text(json.dumps(manifest))
     digest = hashlib.sha256((commit / "manifest.json").read_bytes()).hexdigest()
     (commit / "manifest.sha256").write_text(digest + "\n")
+
+
+def reseal(commit: Path, **changes) -> None:
+    """Rewrite the manifest with a valid seal, as somebody who means harm would."""
+    manifest = {**json.loads((commit / "manifest.json").read_text()), **changes}
+    (commit / "manifest.json").write_text(json.dumps(manifest))
+    digest = hashlib.sha256((commit / "manifest.json").read_bytes()).hexdigest()
+    (commit / "manifest.sha256").write_text(digest + "\n")
+
+
+def relist(commit: Path, *names: str) -> None:
+    """Put files into the manifest as they are now, whoever wrote them, and seal it."""
+    files = json.loads((commit / "manifest.json").read_text())["files"]
+    for name in names:
+        content = (commit / name).read_bytes()
+        files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    reseal(commit, files=files)
+
+
+def plain_engine(seed: int = 0) -> SimpleNamespace:
+    """What a DeepSpeed engine of stage 0 looks like to checkpoints, around a plain AdamW."""
+    torch.manual_seed(seed)
+    module = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    return SimpleNamespace(
+        module=module,
+        optimizer=optimizer,
+        zero_optimization_stage=lambda: 0,
+        fp16_enabled=lambda: False,
+    )
+
+
+def take_step(engine: SimpleNamespace) -> None:
+    """Change every weight and both averages."""
+    engine.module(torch.ones(2, 7)).square().sum().backward()
+    engine.optimizer.step()
+    engine.optimizer.zero_grad()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative name."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def flip_a_byte(path: Path) -> None:

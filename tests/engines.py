@@ -16,7 +16,8 @@ from pipeline.engine import Engines, start_engines
 from pipeline.masking import MaskingVocabulary
 from pipeline.modeling.pair import NetworkPair
 from pipeline.objective_keys import ObjectiveKeys
-from pipeline.step import StepResult, TrainingStep, build_step
+from pipeline.step import build_step
+from pipeline.training_step import StepHooks, StepResult, TrainingStep
 from tests.reference import small_networks
 
 LAUNCHER = {
@@ -28,6 +29,7 @@ LAUNCHER = {
 }
 LENGTH = 12
 RATE = 1e-3
+NO_HOOKS = StepHooks()
 VOCABULARY = MaskingVocabulary(small_networks.MASK_ID)
 
 
@@ -100,7 +102,7 @@ def small_pair(objective=None, config=None, **changes) -> NetworkPair:
     return pair
 
 
-def rig(world, *, objective=None, pair=None, optimizer=None, **deepspeed) -> Rig:
+def rig(world, *, objective=None, pair=None, optimizer=None, hooks=NO_HOOKS, **deepspeed) -> Rig:
     """Start engines around small networks; `pair` replaces them, the rest are settings."""
     objective = objective or ObjectiveSection()
     pair = pair or small_pair(objective)
@@ -116,7 +118,7 @@ def rig(world, *, objective=None, pair=None, optimizer=None, **deepspeed) -> Rig
             pair.trained_modules(), optimizer=section, ds=config, plan=plan, world=world
         )
     keys = ObjectiveKeys(objective, 3, LENGTH, VOCABULARY, "train")
-    step = build_step(engines, pair, objective, seed=3, plan=plan, world=world)
+    step = build_step(engines, pair, objective, seed=3, plan=plan, world=world, hooks=hooks)
     return Rig(engines, plan, keys, step)
 
 

@@ -145,7 +145,7 @@ def finetune(
     with encoder_repository(model, dataset) as repository:
         from transformers import AutoConfig  # costs seconds to import
 
-        config = AutoConfig.from_pretrained(repository)
+        config = AutoConfig.from_pretrained(repository, trust_remote_code=False)
         if options.max_length > config.max_position_embeddings:
             raise UserError(
                 f"--max-length {options.max_length}: the model takes at most "
@@ -199,10 +199,15 @@ def _build_model(repository: Path, start: str, task: Task) -> Any:
     )
     if start == "pretrained":
         return auto_class.from_pretrained(
-            repository, num_labels=len(task.labels), dtype=torch.float32
+            repository,
+            num_labels=len(task.labels),
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
-    config = transformers.AutoConfig.from_pretrained(repository, num_labels=len(task.labels))
-    return auto_class.from_config(config, dtype=torch.float32)
+    config = transformers.AutoConfig.from_pretrained(
+        repository, num_labels=len(task.labels), trust_remote_code=False
+    )
+    return auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def _train_and_score(

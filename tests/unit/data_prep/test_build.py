@@ -149,7 +149,8 @@ def test_every_drop_is_written_down(
     jsonl(tmp_path / "good.jsonl", lines)
     (tmp_path / "bad.jsonl").write_text("nonsense\n" * 300 + '{"text": "\\u0007"}\n')
     sources = ["good.jsonl", "bad.jsonl"]
-    report = build(sources, tiny_tokenizer, tmp_path / "d", OPTIONS, inline_executor)
+    arguments = (sources, tiny_tokenizer, tmp_path / "d", OPTIONS, inline_executor)
+    report = build(*arguments, max_malformed=1)
     entries = read_jsonl(tmp_path / "d" / "dropped.jsonl")
     assert len(entries) == 301
     assert {entry["file"] for entry in entries} == {"bad.jsonl"}

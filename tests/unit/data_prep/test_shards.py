@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import io
 import json
@@ -206,6 +207,15 @@ def test_a_checked_block_is_not_hashed_again(tmp_path):
     assert dataset.read("train", 0, 3).tolist() == [1, 2, 3]
 
 
+def test_a_checked_block_that_changes_on_the_disk_is_not_used(tmp_path):
+    dataset = make_dataset(tmp_path, [("train", [np.arange(100_000)])])
+    dataset.read("train", 0, 100_000)
+    flip(tmp_path / "shard-00000.tokens.npy", 128 + 4 * 70_000)
+    assert dataset.read("train", 0, 10).tolist() == list(range(10))
+    with pytest.raises(CorruptError, match=r"shard-00000\.tokens\.npy: bytes from \d+ \(block 0\)"):
+        dataset.read("train", 69_000, 71_000)
+
+
 def test_damaged_document_ends_stop_the_reading_of_tokens(tmp_path):
     make_dataset(tmp_path, [("train", [[1, 2], [3]])])
     flip(tmp_path / "shard-00000.doc_ends.npy", 128)
@@ -215,15 +225,36 @@ def test_damaged_document_ends_stop_the_reading_of_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["shard-00001.tokens.npy", "tokenizer/spm.model"])
-@pytest.mark.parametrize("damage", ["missing", "shorter", "longer"])
+@pytest.mark.parametrize("damage", ["missing", "shorter", "longer", "pipe"])
 def test_missing_and_resized_files_are_refused_on_opening(tmp_path, file, damage):
     make_dataset(tmp_path, [("train", [[1, 2, 3]]), ("heldout", [[4, 5]])])
     path = tmp_path / file
     if damage == "missing":
         path.unlink()
+    elif damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     else:
         os.truncate(path, path.stat().st_size + (1 if damage == "longer" else -1))
-    with pytest.raises(CorruptError, match=rf"{file}: .*(cannot be read|but the manifest says)"):
+    message = {"missing": "cannot be read", "pipe": "not an ordinary file"}
+    with pytest.raises(
+        CorruptError, match=rf"{file}: .*{message.get(damage, 'but the manifest says')}"
+    ):
+        Dataset.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256", "shard-00000.tokens.npy"])
+def test_a_disk_that_refuses_on_opening_is_named(tmp_path, name, monkeypatch):
+    make_dataset(tmp_path, [("train", [[1, 2, 3]])])
+    really_open = io.open
+
+    def refuse(path, *arguments, **options):
+        if Path(path).name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises(CorruptError, match=rf"{name}: cannot be read \(Input/output error\)"):
         Dataset.open(tmp_path)
 
 

@@ -1,11 +1,14 @@
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_prep import verify as verify_module
 from data_prep.assembly import describe_file
 from data_prep.errors import CorruptError, UserError
 from data_prep.manifest import Manifest
@@ -85,6 +88,23 @@ def test_every_damaged_file_is_named_in_one_message(dataset):
         assert name in str(caught.value)
     assert "in 4 MiB blocks [0]" in str(caught.value)
     assert "shard-00001" not in str(caught.value)
+
+
+def test_a_file_that_the_disk_refuses_is_named_beside_the_others(dataset, monkeypatch):
+    flip(dataset / "shard-00001.tokens.npy", -1)
+    really_hash = verify_module.hash_blocks
+
+    def refuse(file):
+        if file.name.endswith("shard-00000.tokens.npy"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return really_hash(file)
+
+    monkeypatch.setattr(verify_module, "hash_blocks", refuse)
+    with pytest.raises(CorruptError, match="2 of its files are damaged") as caught:
+        verify(dataset)
+    assert f"{dataset}/shard-00000.tokens.npy: cannot be read (Input/output error)" in str(
+        caught.value
+    )
 
 
 def test_the_list_of_drops_is_checked_too(dataset):

@@ -1,10 +1,15 @@
 """The block of facts before the first step."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from pipeline.banner import banner_lines, count_parameters, memory_line
+from pipeline.commit import Commit
 from pipeline.config_loading import load_run_config
 from pipeline.ds_config import check_deepspeed_config
+from pipeline.resume import Accepted, Comparison
 from tests.engines import deepspeed_config, rig
 from tests.reference import small_networks
 
@@ -46,22 +51,63 @@ def test_parameters_are_counted_whole(world, stage):
     assert count_parameters(one.module("generator")) == expected - small_networks.VOCABULARY
 
 
+def assembled(one):
+    """What `pipeline.assemble` would hand over."""
+    environment = {"torch": "9.9", "slurm_job_id": ""}
+    comparison = Comparison(
+        accepted_before=[Accepted("run.seed", 1, 42, 8)],
+        accepted=[
+            Accepted("dataset_fingerprint", "a", "b", 40, ("train tokens was 3 and is now 4",))
+        ],
+        rates=["learning rates:", "  step 40: ended -> 0.001"],
+    )
+    return SimpleNamespace(
+        engines=one.engines,
+        comparison=comparison,
+        resumed_from=Commit(Path("step-00000040"), 40),
+        trainer=SimpleNamespace(identity={"environment": environment}),
+        schedule=SimpleNamespace(explain=lambda: ["steps 0 to 9: 8 sequences", "the rest"]),
+        data=SimpleNamespace(describe=lambda: "3 shards, fingerprint 0123456789ab"),
+        notes=["2 ranks instead of 1"],
+    )
+
+
 def test_the_whole_banner(world):
     one = rig(world, stage=2)
     ds = deepspeed_config(stage=2)
     config = load_run_config("demo", ["run.folder=runs/mine", "checkpoint.keep_last=2"])
-    facts = {"data": "3 shards, fingerprint 0123456789ab"}
-    lines = banner_lines(config, ds, one.plan, one.engines, facts, "continues step-00000040")
+    session = SimpleNamespace(config=config, ds=ds, plan=one.plan)
+    lines = banner_lines(session, assembled(one))
     text = "\n".join(lines)
     counts = [count_parameters(one.module(name)) for name in ("generator", "discriminator")]
     for part in (
         "run: runs/mine, seed 42, continues step-00000040",
         "program: deberta-pretrain",
+        "versions: torch 9.9",
         "data: 3 shards, fingerprint 0123456789ab",
+        "phases: steps 0 to 9: 8 sequences; the rest",
         f"parameters: generator {counts[0]:,}, discriminator {counts[1]:,}",
         "8 sequences = 4 per rank x 2 accumulation x 1 ranks = 1,024 tokens a step",
         "precision: fp32; ZeRO stage 2",
         "memory: about",
         f"the newest 2 are kept, about {sum(counts) * 12 / 1e9:.3g} GB each",
+        "accepted at step 8: run.seed was 1, then 42",
+        "accepted at step 40: dataset_fingerprint was",
+        "note: 2 ranks instead of 1",
+        "  step 40: ended -> 0.001",
     ):
         assert part in text
+    assert "host" not in text
+    assert lines[lines.index("  train tokens was 3 and is now 4") - 1].startswith("accepted at")
+    assert "schedule: extended" not in text
+
+
+def test_extensions_are_told_in_every_banner(world):
+    one = rig(world, stage=1)
+    extensions = "[{from_step=300, previous_max_steps=300, peak_factor=0.5, warmup_steps=9}]"
+    words = [f"schedule.extensions={extensions}", "schedule.max_steps=400"]
+    session = SimpleNamespace(
+        config=load_run_config("demo", words), ds=deepspeed_config(), plan=one.plan
+    )
+    lines = banner_lines(session, assembled(one))
+    assert "schedule: extended at step 300, to 400 steps instead of 300" in lines

@@ -16,7 +16,7 @@ from pipeline.config_loading import (
 from pipeline.ds_config import load_deepspeed_config
 
 SCHEDULE_KEYS = (
-    "max_steps, warmup_steps, decay, decay_steps, final_learning_rate_factor, phases,"
+    "max_steps, warmup_steps, decay, decay_steps, final_learning_rate_factor, phases, extensions,"
     " max_consecutive_skipped_steps"
 )
 DS_CONFIGS = Path(__file__).parents[3] / "ds_configs"
@@ -130,8 +130,8 @@ def test_words(word, section, key, value):
          " 'discriminator.hidden_size'?"),
         ("optimiser.x=3", "unknown section 'optimiser', did you mean 'optimizer'?"),
         ("steps=3", "unknown key 'steps'; valid: recipe, run, data, model, generator,"
-         " discriminator, objective, optimizer, schedule, initialize, checkpoint, evaluation,"
-         " logging, reference"),
+         " discriminator, objective, optimizer, schedule, initialize, checkpoint, safety,"
+         " evaluation, logging, reference"),
         ("schedule=3", f"'schedule' is a section; name one of its keys: {SCHEDULE_KEYS}"),
         ("schedule.max_steps.x=3", f"unknown key 'schedule.max_steps.x'; valid: {SCHEDULE_KEYS}"),
         ("recip=paper", "unknown key 'recip', did you mean 'recipe'?"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.errors import CorruptError
 from data_prep.shards import Dataset
 from pipeline.config_loading import load_run_config
 from pipeline.counter_rng import sample_words
@@ -21,7 +22,7 @@ from pipeline.data import (
 )
 from pipeline.ds_config import BatchPlan
 from pipeline.phases import Phase, TrainSchedule
-from pipeline.sample_order import SampleOrder
+from pipeline.sample_order import SampleOrder, SkipList, SkippedWindow
 
 
 class Tokens:
@@ -111,7 +112,7 @@ def test_packed_rows_decode_to_the_text(dataset_folder):
     assert tokenizer.decode([*chain(*rows)]) == tokenizer.decode(whole)
 
 
-def batches(size, batch_size, ranks=1, micro=None, rank=0, phases=None):
+def batches(size, batch_size, ranks=1, micro=None, rank=0, phases=None, skipped=()):
     """Batches over `size` sequences of 10; the default takes the whole batch at once."""
     phases = phases or (Phase(0, 100, 10, batch_size),)
     streams = {phase.sequence_length: stream(size * 8, phase.sequence_length) for phase in phases}
@@ -120,7 +121,8 @@ def batches(size, batch_size, ranks=1, micro=None, rank=0, phases=None):
         for length, each in streams.items()
     }
     micro = batch_size // ranks if micro is None else micro
-    return TrainBatches(streams, orders, TrainSchedule(phases), micro, ranks, rank)
+    skip_list = SkipList(tuple(skipped))
+    return TrainBatches(streams, orders, TrainSchedule(phases), micro, ranks, rank, skip_list)
 
 
 def identities(micro_batches):
@@ -201,6 +203,78 @@ def test_each_length_walks_through_its_own_epochs():
     assert [ours.batch_size_at(step) for step in (2, 3, 6, 7)] == [4, 8, 2, 8]
 
 
+SKIPPED = (
+    SkippedWindow(6, 5, 9),
+    SkippedWindow(10, 0, 3),
+    SkippedWindow(10, 12, 13),
+    SkippedWindow(10, 2, 8),
+)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, 1), (1, 1)])
+def test_what_is_left_out_is_passed_over_by_any_world(ranks, micro):
+    whole = batches(13, 8, phases=PHASES, micro=2, skipped=SKIPPED)
+    seen = {6: [], 10: []}
+    for step in range(10):
+        expected = identities(whole.at_step(step))
+        seen[whole.schedule.phase_at(step).sequence_length] += expected
+        ours = [
+            batches(13, 8, ranks, micro, rank, phases=PHASES, skipped=SKIPPED)
+            for rank in range(ranks)
+        ]
+        parts = [each.at_step(step) for each in ours]
+        interleaved = [identities([part[k]]) for k in range(len(parts[0])) for part in parts]
+        assert [*chain(*interleaved)] == expected
+        for rank, part in enumerate(parts):
+            for each in ours:  # any rank can name the samples of all
+                named = zip(*map(np.ndarray.tolist, each.samples_at(step, rank)), strict=True)
+                assert [sample_words(*pair) for pair in named] == [*chain(*[identities(part)])]
+    left_out = {6: {5, 6, 7, 8}, 10: {*range(8), 12}}
+    for length, names in seen.items():
+        kept = [p for p in range(60) if p not in left_out[length]][: len(names)]
+        order = whole.orders[length].samples(np.array(kept))
+        assert names == [sample_words(*p) for p in zip(*map(np.ndarray.tolist, order), strict=True)]
+    assert whole.epochs_at(0) == 0
+    assert whole.epochs_at(3) == pytest.approx(16 / 26)
+    assert whole.epochs_at(10) == pytest.approx(20 / 26 + 49 / 13)
+    plain = batches(13, 8, phases=PHASES, micro=2)
+    assert whole.tokens_before(10) == plain.tokens_before(10) == 16 * 6 + 40 * 10
+
+
+def test_the_data_of_steps_becomes_windows_of_every_length_that_they_train_on():
+    ours = batches(13, 8, phases=PHASES, micro=2)
+    assert ours.windows_between(2, 2) == ()
+    assert ours.windows_between(1, 3) == (SkippedWindow(6, 4, 12),)
+    both = ours.windows_between(2, 5)
+    assert both == (SkippedWindow(6, 8, 12), SkippedWindow(10, 0, 16))
+    again = batches(13, 8, phases=PHASES, micro=2, skipped=both)
+    for step in range(2):
+        assert identities(again.at_step(step)) == identities(ours.at_step(step))
+    for steps in ([2], [3, 4]):  # of one length each
+        before, now = (
+            {name for step in steps for name in identities(each.at_step(step))}
+            for each in (ours, again)
+        )
+        assert not before & now
+    # A second roll-back leaves out what came instead; the window holds the first one.
+    assert again.windows_between(1, 4) == (SkippedWindow(6, 4, 16), SkippedWindow(10, 16, 24))
+
+
+@pytest.mark.parametrize("error", [CorruptError("block 7 is damaged"), OSError(5, "broken")])
+def test_an_error_of_reading_names_the_sample_and_its_tokens(error):
+    class Damaged(Tokens):
+        def read(self, split, start, end):
+            if start >= 16:
+                raise error
+            return super().read(split, start, end)
+
+    with pytest.raises(type(error)) as caught:
+        SequenceStream(Damaged(30), "train", 10).batch(np.array([0, 3]), np.array([1, 1]))
+    told = " ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert str(error) in told
+    assert "train sample 3, tokens 24 to 29 of the split" in told
+
+
 def test_the_configuration_orders_the_batches():
     """The phases, order and rank of a run come from its configuration and plan."""
     demo = load_run_config("demo", ["data.block_sequences=4", "data.window_blocks=3", "run.seed=5"])
@@ -217,6 +291,9 @@ def test_the_configuration_orders_the_batches():
     assert ours.at_step(3)[0].input_ids_BL.shape == (2, demo.data.sequence_length)
     other = train_batches(config, BatchPlan(2, 2, 4, 16), streams, rank=0)
     assert not set(identities(ours.at_step(3))) & set(identities(other.at_step(3)))
+    window = SkipList((SkippedWindow(16, 0, 4),))
+    skipping = train_batches(config, BatchPlan(2, 2, 4, 16), streams, rank=1, skip_list=window)
+    assert identities(skipping.at_step(0)) == identities(ours.at_step(1))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 8, 9, 16])

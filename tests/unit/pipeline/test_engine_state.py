@@ -14,7 +14,9 @@ from pipeline.engine_state import (
     local_slices,
     restore_state,
     scalar_state,
-    write_state,
+    snapshot,
+    state_bytes,
+    write_snapshot,
 )
 from tests.engines import rig, small_pair
 
@@ -32,7 +34,9 @@ def run_two_steps(one):
 
 def write(engine, folder):
     folder.mkdir(parents=True)
-    write_state(engine, 0, folder / "rank-00000.safetensors")
+    taken = snapshot(engine, 0)
+    assert state_bytes(engine, 0) == sum(values.nbytes for values in taken.tensors.values())
+    write_snapshot(taken, folder / "rank-00000.safetensors")
     return StateReader(folder)
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.metrics import FIELDS, IntervalSums, MetricsWriter, StepSums, ratios
+from pipeline import faults
+from pipeline.metrics import FIELDS, IntervalSums, StepSums, ratios
+from pipeline.metrics_writer import MetricsWriter
 from pipeline.modeling.networks import RtdOutput
 from pipeline.modeling.vocabulary_head import MlmOutput
 
@@ -185,7 +187,7 @@ def test_a_row_is_in_the_file_as_soon_as_it_is_written(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
-from pipeline.metrics import MetricsWriter
+from pipeline.metrics_writer import MetricsWriter
 folder = Path(sys.argv[1])
 writer = MetricsWriter(folder / "metrics.jsonl", folder / "tensorboard", 1)
 for step in range(1, 501):
@@ -224,3 +226,74 @@ def test_a_resumed_run_appends_and_tensorboard_forgets_what_comes_again(tmp_path
 def test_unknown_sums_are_refused(name):
     with pytest.raises(KeyError):
         StepSums(CPU).add(**{name: torch.tensor(1.0)})
+
+
+def test_a_full_disk_delays_rows(tmp_path, caplog):
+    faults.configure("metrics.write:0:2-3:enospc", 0)
+    try:
+        writer = write(tmp_path, {1: {"a": 1.0}, 2: {"a": 2.0}, 3: {"a": 3.0}})
+    finally:
+        faults.configure("", 0)
+    assert "No space left" in caplog.text
+    assert "wait in memory" in caplog.text
+    file = tmp_path / "metrics.jsonl"
+    assert len(file.read_text().splitlines()) == 1
+    writer.sync()
+    writer.write(4, {"a": 4.0})
+    writer.close()
+    assert [json.loads(line)["a"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from pipeline.metrics_writer import MetricsWriter
+folder = Path(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+writer = MetricsWriter(folder / "metrics.jsonl", folder / "tensorboard", 1)
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+for step in range(1, 101):
+    writer.write(step, {"a": step})
+try:
+    writer.sync()
+except OSError as error:
+    print("refused", error)
+size = (folder / "metrics.jsonl").stat().st_size
+print(size, (folder / "metrics.jsonl").read_bytes().endswith(b"}\\n"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+writer.write(101, {"a": 101})
+writer.sync()
+writer.close()
+"""
+
+
+def test_a_file_that_may_not_grow(tmp_path):
+    """Rows are whole or absent, none is lost, and TensorBoard's dead thread ends nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, tmp_path],
+        cwd=ROOT,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    refused, state = done.stdout.splitlines()
+    assert "File too large" in refused
+    size, is_whole = state.split()
+    assert (int(size) <= 2000, is_whole) == (True, "True")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 102))
+    assert 101 in read_events(tmp_path / "tensorboard")["a"]
+
+
+def test_rows_go_on_behind_a_cut(tmp_path):
+    writer = write(tmp_path, {step: {"a": float(step)} for step in (1, 2, 3)})
+    writer.close()
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text().splitlines(keepends=True)[0])
+    writer.reopen(purge_step=2)
+    writer.write(2, {"a": 20.0})
+    writer.close()
+    assert [json.loads(line)["a"] for line in file.read_text().splitlines()] == [1, 20]
+    assert read_events(tmp_path / "tensorboard")["a"] == {1: 1.0, 2: 20.0}

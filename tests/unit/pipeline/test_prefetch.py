@@ -1,26 +1,35 @@
-"""The thread that reads ahead: order, depth, and an error that stays."""
+"""The thread that reads ahead: order, depth, and whatever ends it."""
 
 import threading
 import time
 
+import numpy as np
 import pytest
 
-from data_prep.errors import CorruptError
+from data_prep.errors import CorruptError, UserError
+from pipeline import faults
 from pipeline.prefetch import Prefetcher
 
 
 class Counting:
     """Batches that note which steps were read, and fail at one."""
 
-    def __init__(self, fails_at=None):
+    rank = 1
+
+    def __init__(self, fails_at=None, error=None):
         self.fails_at = fails_at
+        self.error = error or CorruptError("a block is damaged")
         self.read = []
 
     def at_step(self, step):
         if step == self.fails_at:
-            raise CorruptError(f"step {step} is damaged")
+            raise self.error
         self.read.append(step)
         return [step]
+
+    def samples_at(self, step, rank):
+        assert rank == self.rank
+        return np.full(10, 3), np.arange(10) + 100 * step
 
 
 def test_the_prefetcher_gives_every_step_in_order():
@@ -32,18 +41,90 @@ def test_the_prefetcher_gives_every_step_in_order():
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
 
 
+NAMED = "samples 200 of epoch 3, 201 of epoch 3, .*, 207 of epoch 3 and 2 more"
+
+
 def test_the_prefetcher_carries_an_error_to_its_step():
     prefetcher = Prefetcher(Counting(fails_at=2), 0, 10)
     try:
         assert [prefetcher.next(), prefetcher.next()] == [[0], [1]]
         errors = []
         for _ in range(3):  # again and again: nothing is read behind it, and nobody waits for it
-            with pytest.raises(CorruptError, match="step 2 is damaged") as caught:
+            with pytest.raises(CorruptError, match=f"damaged; while reading step 2.*{NAMED}") as e:
                 prefetcher.next()
-            errors.append(caught.value)
+            errors.append(e.value)
         assert errors[0] is errors[1] is errors[2]
     finally:
         prefetcher.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (UserError("wrong"), UserError),
+        (MemoryError("too much"), MemoryError),
+        (ZeroDivisionError("nobody expects it"), ZeroDivisionError),
+        (OSError(5, "Input/output error"), CorruptError),
+        (SystemExit(0), RuntimeError),
+        (KeyboardInterrupt(), RuntimeError),
+        (GeneratorExit(), RuntimeError),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_whatever_ends_the_thread_is_raised_with_its_step(error, kind):
+    prefetcher = Prefetcher(Counting(2, error), 0, 10)
+    try:
+        prefetcher.next()
+        prefetcher.next()
+        started = time.monotonic()
+        with pytest.raises(kind) as caught:
+            prefetcher.next()
+        assert time.monotonic() - started < 10
+    finally:
+        prefetcher.close()
+    assert type(caught.value) is kind
+    told = " ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert "while reading step 2 (samples 200 of epoch 3" in told
+    assert str(error) in told
+
+
+def test_samples_that_cannot_be_named_hide_no_error():
+    class Broken(Counting):
+        def samples_at(self, step, rank):
+            raise ValueError("the order is broken too")
+
+    prefetcher = Prefetcher(Broken(0), 0, 10)
+    try:
+        with pytest.raises(CorruptError, match=r"^a block is damaged; while reading step 0$"):
+            prefetcher.next()
+    finally:
+        prefetcher.close()
+
+
+def test_nobody_waits_behind_the_last_step():
+    prefetcher = Prefetcher(Counting(), 0, 1)
+    try:
+        assert prefetcher.next() == [0]
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="nothing is read for step 1"):
+                prefetcher.next()
+    finally:
+        prefetcher.close()
+
+
+@pytest.mark.parametrize(("action", "kind"), [("eio", CorruptError), ("raise", RuntimeError)])
+def test_a_fault_in_the_thread_is_one_of_its_step(action, kind):
+    faults.configure(f"data.read:1:2:{action}", rank=1)
+    prefetcher = Prefetcher(Counting(), 0, 10)
+    try:
+        assert [prefetcher.next(), prefetcher.next()] == [[0], [1]]
+        with pytest.raises(kind, match=r"injected at data\.read") as caught:
+            prefetcher.next()
+    finally:
+        faults.configure("", rank=0)
+        prefetcher.close()
+    told = " ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert "step 2" in told
 
 
 def test_the_prefetcher_reads_ahead_no_further_than_its_depth():

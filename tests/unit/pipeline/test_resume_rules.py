@@ -1,13 +1,19 @@
 """What may change on resume: the table, its coverage, and the messages."""
 
+from typing import get_args
+
 import pytest
+import torch
 
 from data_prep.errors import EXIT_USAGE, UserError
 from pipeline.config import RunConfig
+from pipeline.config_keys import SECTIONS
 from pipeline.config_loading import load_run_config
 from pipeline.ds_config import check_deepspeed_config
 from pipeline.ds_schema import DeepSpeedJson
+from pipeline.modeling.pair import NetworkPair
 from pipeline.resume_rules import (
+    ACCEPT_CONFIG,
     DEEPSPEED_RESUME_RULES,
     RESUME_RULES,
     Verdict,
@@ -58,8 +64,11 @@ def only_change(*words):
         ("data.sequence_length=64", Verdict.REFUSED),
         ("data.block_sequences=7", Verdict.REFUSED),
         ("data.window_blocks=7", Verdict.REFUSED),
-        ("model.vocab_size=7", Verdict.REFUSED),
-        ("generator.num_hidden_layers=7", Verdict.REFUSED),
+        ("model.vocab_size=7", Verdict.IMPOSSIBLE),
+        ("generator.num_hidden_layers=7", Verdict.IMPOSSIBLE),
+        ("discriminator.num_attention_heads=1", Verdict.IMPOSSIBLE),
+        ("objective.rtd_head=electra", Verdict.IMPOSSIBLE),
+        ("objective.update=joint", Verdict.IMPOSSIBLE),
         ("discriminator.hidden_dropout_prob=0.5", Verdict.REFUSED),
         ("objective.mask_prob=0.2", Verdict.REFUSED),
         ("optimizer.betas=[0.9, 0.999]", Verdict.REFUSED),
@@ -124,9 +133,7 @@ def test_writing_a_default_out_is_no_change():
 
 def test_every_pattern_names_something_real():
     paths = set(RunConfig.model_fields) | {
-        f"{section}.{key}"
-        for section, info in RunConfig.model_fields.items()
-        for key in getattr(info.annotation, "model_fields", {})
+        f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields
     }
     for pattern, _, _ in RESUME_RULES[:-1]:
         assert any(path == pattern or pattern == f"{path.split('.')[0]}.*" for path in paths)
@@ -143,10 +150,85 @@ def test_refused_changes_come_in_one_message_with_the_cure():
     assert str(caught.value) == (
         "resuming runs/x has 2 problems:\n"
         f"  - run.seed was 42 and is now 7: what was learned so far depends on it; {cure}\n"
-        "  - schedule.max_steps was 300 and is now 1000: completed steps would have been other"
-        f" ones; {cure}"
+        "  - schedule.max_steps was 300 and is now 1000: completed steps would have had other"
+        f" learning rates (`deberta extend` adds steps); {cure}"
     )
     assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_the_flag_that_accepts_is_named_and_accepts():
+    words = ["run.seed=7", "model.attention_backend=eager"]
+    changes = changed_keys(DEMO, load_run_config("demo", words), STEPS)
+    with pytest.raises(UserError, match="or accept it with --accept-config-change"):
+        refuse_changes("runs/x", changes, flag=ACCEPT_CONFIG)
+    notes = refuse_changes("runs/x", changes, is_accepted=True, flag=ACCEPT_CONFIG)
+    assert [note.split()[0] for note in notes] == ["model.attention_backend"]
+
+
+def test_no_flag_accepts_what_cannot_work():
+    words = ["run.seed=7", "generator.intermediate_size=64"]
+    changes = changed_keys(DEMO, load_run_config("demo", words), STEPS)
+    with pytest.raises(UserError) as caught:
+        refuse_changes("runs/x", changes, is_accepted=True, flag=ACCEPT_CONFIG)
+    assert "is now 64: the weights of the commit have another shape" in str(caught.value)
+    assert "no flag can accept this" in str(caught.value)
+    assert "run.seed" not in str(caught.value)
+
+
+def stored(config):
+    """Folders and parameters of a commit, with their shapes."""
+    with torch.device("meta"):
+        pair = NetworkPair(config)
+    return {
+        f"{folder}/{name}": tuple(parameter.shape)
+        for folder, module in pair.trained_modules().items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def other_values(section, name, info):
+    """Values of a key that it does not have now, as far as its type tells them."""
+    value = getattr(section, name)
+    choices = [choice for choice in get_args(info.annotation) if isinstance(choice, str)]
+    if choices:
+        return [choice for choice in choices if choice != value]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, value + 2, value * 2]
+    return [value / 2] if isinstance(value, float) and value else [0.25, 64]
+
+
+def test_what_changes_a_weight_is_impossible():
+    """Every key of the networks, tried: the table must know each one that the weights depend on."""
+    before, found = stored(DEMO), set()
+    for section_name in ("model", "generator", "discriminator", "objective", "optimizer", "data"):
+        section = getattr(DEMO, section_name)
+        for name, info in type(section).model_fields.items():
+            for value in other_values(section, name, info):
+                word = f"{section_name}.{name}={str(value).lower()}"
+                extra = ["objective.update=joint"] if value == "es" else []
+                if section_name in ("generator", "discriminator"):
+                    twin = {"generator": "discriminator", "discriminator": "generator"}
+                    extra = [f"{twin[section_name]}.{name}={str(value).lower()}"]
+                try:
+                    other = load_run_config("demo", [word, *extra])
+                except UserError:
+                    continue  # no such run, whatever the commit
+                path = f"{section_name}.{name}"
+                if stored(other) != before:
+                    (change,) = [c for c in changed_keys(DEMO, other, STEPS) if c.path == path]
+                    found.add(path)
+                    assert change.verdict is Verdict.IMPOSSIBLE, word
+    assert {
+        "model.vocab_size",
+        "generator.num_hidden_layers",
+        "discriminator.conv_kernel_size",
+        "generator.position_buckets",
+        "objective.embedding_sharing",
+        "objective.update",
+        "objective.rtd_head",
+    } <= found
 
 
 def test_rounding_changes_are_returned_as_warnings():

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import EXIT_USAGE, UserError
+from data_prep.errors import EXIT_USAGE, CorruptError, UserError
 from pipeline.run_folder import RunFolder, write_durably
+from pipeline.run_lock import Holder
 
 ROOT = Path(__file__).parents[3]
 
@@ -39,8 +40,7 @@ def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path):
     second = in_another_process(ACQUIRE, folder.path)
     assert second.returncode != 0
     message = second.stderr.strip().splitlines()[-1]
-    assert f'"pid": {os.getpid()}' in message
-    assert f"run.folder {folder.path} is in use by" in message
+    assert f"run.folder {folder.path} is in use by process {os.getpid()} on host" in message
     assert "choose another run.folder" in message
     folder.release()
     assert in_another_process(ACQUIRE, folder.path).returncode == 0
@@ -49,7 +49,10 @@ def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path):
 def test_a_killed_holder_leaves_no_lock(tmp_path):
     killed = in_another_process(ACQUIRE + "\nimport os; os.kill(os.getpid(), 9)", tmp_path / "run")
     assert killed.returncode == -9
-    RunFolder(tmp_path / "run").acquire()
+    folder = RunFolder(tmp_path / "run")
+    assert "which has ended without leaving it" in folder.acquire("77")
+    assert "job 77" in str(Holder.read(folder.path / ".holder.json"))
+    folder.release()
 
 
 @pytest.mark.parametrize("place", [".", ".lock", "checkpoints"])
@@ -179,3 +182,13 @@ def test_an_evaluation_that_is_owed_is_cut(tmp_path):
 def test_without_metrics_there_is_nothing_to_cut(tmp_path):
     assert RunFolder(tmp_path).cut_metrics(5) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"status": "running"}'])
+def test_a_damaged_status(tmp_path, content):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(CorruptError, match=r"state\.json: cannot be read .*; remove it"):
+        folder.committed_step()
+    folder.write_status("corrupt", None, "why")
+    assert folder.committed_step() == 0

@@ -1,18 +1,14 @@
 """Ranks from the launcher's variables, signals, and where messages go."""
 
-import contextlib
 import logging
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from data_prep.errors import UserError
-from pipeline.runtime import StopSignal, World, configure_logging, environment
+from pipeline.runtime import World, configure_logging, environment
 
 ROOT = Path(__file__).parents[3]
 LAUNCHED = {
@@ -92,62 +88,6 @@ def test_environment_names_what_a_bit_exact_resume_needs():
         assert found[name]
     assert found["torch"] == torch.__version__
     assert found["threads"] == str(torch.get_num_threads())
-
-
-def test_a_signal_is_noted_and_agreed():
-    stop = StopSignal(None)
-    assert not stop.received
-    assert not stop.agreed()
-    stop._handle(signal.SIGUSR1, None)
-    assert stop.received
-    assert stop.agreed()
-    assert stop.name == "SIGUSR1"
-
-
-SLEEPER = """
-import sys, time
-from pipeline.runtime import StopSignal
-stop = StopSignal(None)
-stop.install()
-print("ready", flush=True)
-while True:
-    time.sleep(0.02)
-    if stop.received:
-        print(stop.name, flush=True)
-        time.sleep(60)
-"""
-
-
-@contextlib.contextmanager
-def sleeper():
-    """A process that has taken over the signals and says which one came first."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as process:
-        assert process.stdout.readline() == "ready\n"
-        yield process
-        process.kill()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_after_three_seconds_exits_at_once(number):
-    with sleeper() as process:
-        process.send_signal(signal.SIGUSR1)
-        assert process.stdout.readline() == "SIGUSR1\n"
-        time.sleep(3.1)
-        assert process.poll() is None, "the first one only sets a flag"
-        process.send_signal(number)
-        assert process.wait(timeout=10) == 128 + number
-
-
-def test_signals_that_launchers_send_together_count_as_one():
-    with sleeper() as process:
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "SIGINT\n"
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
-            process.send_signal(number)
-            time.sleep(0.2)
-        assert process.poll() is None
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""The order of samples: a permutation of every epoch, in no memory, block by block."""
+"""The order of samples: a permutation of every epoch, in no memory, block by block.
+
+And the skip list: where trained samples lie between the windows that are left out.
+"""
 
 import tracemalloc
 
@@ -7,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.sample_order import SampleOrder, permute
+from pipeline.sample_order import NOTHING_SKIPPED, SampleOrder, SkipList, SkippedWindow, permute
 
 SIZES = [1, 2, 3, 4, 5, 7, 15, 16, 17, 31, 64, 97, 101, 255, 257, 1009]
 
@@ -122,3 +125,61 @@ def test_golden_order():
     """A change here changes every run: it needs a new major version."""
     golden = [9, 4, 8, 5, 1, 10, 2, 6, 0, 3, 7]
     assert epoch_of(order(11, block=2, window=2, seed=1), 1).tolist() == golden
+
+
+WALKED = 300
+windows = st.builds(
+    lambda length, first, size: SkippedWindow(length, first, first + size),
+    st.sampled_from([16, 32]),
+    st.integers(0, 120),
+    st.integers(1, 40),
+)
+
+
+def walk(skip_list, length):
+    """The first positions that are trained on, one by one."""
+    mine = [w for w in skip_list.windows if w.sequence_length == length]
+    left_out = {p for w in mine for p in range(w.first_position, w.end_position)}
+    return [p for p in range(WALKED + len(left_out)) if p not in left_out][:WALKED]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(windows, max_size=6))
+def test_trained_samples_lie_where_a_walk_over_the_windows_finds_them(windows):
+    skip_list = SkipList(tuple(windows))
+    counts = np.arange(WALKED, dtype=np.int64)
+    for length in (16, 32):
+        expected = walk(skip_list, length)
+        found = skip_list.positions(length, counts)
+        assert found.dtype == np.int64
+        assert found.tolist() == expected
+        backwards = skip_list.positions(length, counts[::-1].copy())
+        assert backwards[::-1].tolist() == expected, "a function of each count"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(windows, max_size=4), st.integers(0, 100), st.integers(0, 40))
+def test_a_window_that_is_added_leaves_out_just_the_samples_it_is_of(windows, first, size):
+    before = SkipList(tuple(windows))
+    window = before.window_of(16, first, first + size)
+    if size == 0:
+        assert window is None
+        return
+    after, walked = SkipList((*before.windows, window)), walk(before, 16)
+    # Nothing moves that was trained on before; what comes after it begins behind the window.
+    assert walk(after, 16)[:first] == walked[:first]
+    assert walk(after, 16)[first:][:100] == walked[first + size :][:100]
+    assert walk(after, 32) == walk(before, 32)
+
+
+def test_the_example_of_the_skip_list():
+    skip_list = SkipList((SkippedWindow(16, 3, 5),))
+    assert skip_list.positions(16, np.arange(5)).tolist() == [0, 1, 2, 5, 6]
+    assert skip_list.window_of(16, 2, 4) == SkippedWindow(16, 2, 6)
+
+
+def test_nothing_skipped_moves_nothing():
+    counts = np.array([7, 2**50], np.int64)
+    assert NOTHING_SKIPPED.positions(16, counts).tolist() == counts.tolist()
+    far = SkipList((SkippedWindow(16, 2**40, 2**41),))
+    assert far.positions(16, counts).tolist() == [7, 2**50 + 2**40]

@@ -1,12 +1,15 @@
 """Throughput between rows: against a clock that the test turns."""
 
+import time
+
 import pytest
+import torch
 
 from pipeline import throughput
 from pipeline.config_loading import load_run_config
 from pipeline.flops import training_flops_per_token
 from pipeline.runtime import World
-from pipeline.throughput import Throughput
+from pipeline.throughput import ForwardTimer, Throughput
 
 
 class Clock:
@@ -32,8 +35,6 @@ def config():
 
 
 def measure(config, clock, device, **world):
-    import torch
-
     return Throughput(config, World(0, 0, world.get("world_size", 1), torch.device(device)))
 
 
@@ -104,3 +105,24 @@ def test_mfu_of_all_devices(config, clock, monkeypatch):
         rate * training_flops_per_token(config) / (4 * 989e12)
     )
     assert figures["perf/memory_gib"] == 3.0
+
+
+def test_the_seconds_of_a_step(config, clock):
+    meter = measure(config, clock, "cpu")
+    clock.seconds += 2.0
+    assert meter.count_step(32, 128) == 2.0
+    with meter.paused():
+        clock.seconds += 60.0
+    clock.seconds += 1.5
+    meter.take()
+    assert meter.count_step(32, 128) == 1.5, "a row and a commit begin no step"
+
+
+def test_forward_passes_are_timed_alone():
+    timer = ForwardTimer(torch.device("cpu"))
+    with timer.running():
+        time.sleep(0.05)
+    with timer.running():
+        time.sleep(0.05)
+    assert timer.take_seconds() >= 0.1
+    assert timer.take_seconds() == 0.0

@@ -1,5 +1,6 @@
 """`deberta train` up to the first step: help, dry runs, and what a resumed run is refused."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -10,14 +11,22 @@ from types import SimpleNamespace
 import pytest
 
 from data_prep.errors import EXIT_USAGE, UserError
-from data_prep.shards import Dataset
-from pipeline.assemble import Session, compare_with_commit
+from data_prep.shards import Dataset, Manifest
 from pipeline.banner import parameter_counts
-from pipeline.commit import list_commits
+from pipeline.commit import Commit, list_commits
 from pipeline.config_loading import load_run_config, preset_names
 from pipeline.ds_config import load_deepspeed_config
+from pipeline.resume import (
+    ACCEPTS_NOTHING,
+    Accepted,
+    Accepts,
+    Comparison,
+    compare_with_commit,
+    restored_state,
+)
 from pipeline.run_data import open_run_data
 from pipeline.run_folder import RunFolder
+from pipeline.session import Session
 from pipeline.train import main, parse, run
 from tests.worlds import ROOT, environment, train
 
@@ -236,6 +245,38 @@ def test_a_run_folder_of_another_configuration_is_refused(finished):
     assert (finished.folder / "state.json").read_text() == state
 
 
+def test_what_was_accepted_is_told_and_recorded(finished, dataset_folder, tmp_path):
+    """Other data and another seed, said by flags: on record, in the commits, in every banner."""
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    other = shutil.copytree(dataset_folder, tmp_path / "other")
+    manifest, _ = Manifest.load(other)
+    dataclasses.replace(manifest, command="deberta-prep build elsewhere").save(other)
+    config, ds, _, _, *words = finished.arguments
+    words = ["run.seed=7", "optimizer.betas=[0.9, 0.99]", "schedule.max_steps=4", *words[1:]]
+    code, output = train(config, ds, other, folder, *words, "--accept-config-change")
+    assert code == EXIT_USAGE, output
+    assert 'command was "' in output
+    assert 'and is now "deberta-prep build elsewhere"' in output
+    flags = ("--accept-config-change", "--accept-data-change")
+    code, output = train(config, ds, other, folder, *words, *flags)
+    assert code == 0, output
+    assert "accepted at step 2: run.seed was 42, then 7" in output
+    assert "accepted at step 2: dataset_fingerprint was" in output
+    assert "  step 2: ended -> 0.001333, 0.0006667" in output
+    lines = [json.loads(line) for line in (folder / "restarts.jsonl").read_text().splitlines()]
+    (recorded,) = [line["accepted"] for line in lines if "accepted" in line]
+    by_key = {each["key"]: (each["old"], each["new"], each["step"]) for each in recorded}
+    assert by_key["run.seed"] == (42, 7, 2)
+    assert by_key["optimizer.betas"] == ([0.9, 0.98], [0.9, 0.99], 2)
+    old, new, _ = by_key["dataset_fingerprint"]
+    assert (old, new) == (Dataset.open(dataset_folder).fingerprint, Dataset.open(other).fingerprint)
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    code, output = train(config, ds, other, folder, *words)
+    assert code == 0, output
+    assert "accepted at step 2: run.seed was 42, then 7" in output
+    assert "learning rates (" not in output
+
+
 def test_a_resume_without_its_commits_is_refused(finished, tmp_path):
     """It would begin at step 0 and cut all metrics: somebody has lost a disk, not made a wish."""
     folder = shutil.copytree(finished.folder, tmp_path / "run")
@@ -249,6 +290,8 @@ def test_a_resume_without_its_commits_is_refused(finished, tmp_path):
 
 def session(finished, dataset_folder, *words, ranks=1):
     config, ds, _, folder, *more = finished.arguments
+    keys = {word.partition("=")[0] for word in words}
+    more = [word for word in more if word.partition("=")[0] not in keys]
     arguments = [f"data.path={dataset_folder}", f"run.folder={folder}", *more, *words]
     deepspeed = load_deepspeed_config(ds)
     world = SimpleNamespace(world_size=ranks)
@@ -260,46 +303,129 @@ def session(finished, dataset_folder, *words, ranks=1):
         None,
         RunFolder(folder),
         None,
+        None,
     )
 
 
-def compare(finished, dataset_folder, *words, ranks=1, **changes):
+def compare(finished, dataset_folder, *words, ranks=1, accepts=ACCEPTS_NOTHING, **changes):
     (*_, commit) = list_commits(finished.folder / "checkpoints")
     here = session(finished, dataset_folder, *words, ranks=ranks)
     before = commit.read_json("train_state.json")["identity"]
     now = here.identity(open_run_data(here.config))
     for name, value in changes.items():
         now = {**now, name: value(now[name])}
-    return compare_with_commit(here, commit, before, now)
+    return compare_with_commit(
+        commit, here.config, here.ds, before=before, now=now, accepts=accepts
+    )
 
 
 def test_the_same_start_has_nothing_to_note(finished, dataset_folder):
     threads = {"environment": lambda e: {**e, "threads": "1", "device": "cpu"}}
-    assert compare(finished, dataset_folder, **threads) == []
+    assert compare(finished, dataset_folder, **threads) == Comparison()
 
 
 def test_another_host_or_job_is_nothing_to_note(finished, dataset_folder):
     changed = {"environment": lambda e: {**e, "threads": "1", "host": "n7", "slurm_job_id": "9"}}
-    assert compare(finished, dataset_folder, **changed) == []
+    assert compare(finished, dataset_folder, **changed) == Comparison()
 
 
 def test_what_keeps_a_resume_from_being_exact_is_noted(finished, dataset_folder):
-    changed = {"environment": lambda e: {**e, "threads": "1", "torch": "9.9"}}
+    changed = {"environment": lambda e: {**e, "threads": "1", "torch": "9.9", "deepspeed": "0.1"}}
     words = ["model.attention_backend=eager"]
-    notes = compare(finished, dataset_folder, *words, ranks=2, **changed)
-    assert len(notes) == 3
-    text = "\n".join(notes)
+    comparison = compare(finished, dataset_folder, *words, ranks=2, **changed)
+    assert len(comparison.notes) == 4
+    text = "\n".join(comparison.notes)
     assert 'model.attention_backend was "torch" and is now "eager"' in text
     assert "2 ranks instead of 1: the same samples, masks and draws" in text
     assert "is now 9.9: not bit for bit the same from here" in text
+    assert "deepspeed was " in text
+    assert comparison.accepted == []
 
 
-@pytest.mark.parametrize("key", ["dataset_fingerprint", "tokenizer_fingerprint"])
-def test_other_data_is_refused(finished, dataset_folder, key):
+def another_fingerprint(value):
+    return "0123456789ab" + value[12:]
+
+
+def test_other_data_is_refused_with_the_difference(finished, dataset_folder):
+    def grown(summary):
+        train = {**summary["train"], "tokens": 7, "content": "f" * 64}
+        return {**summary, "train": train, "command": "deberta-prep build other"}
+
+    changes = {"dataset_fingerprint": another_fingerprint, "dataset": grown}
     with pytest.raises(UserError) as caught:
-        compare(finished, dataset_folder, **{key: lambda value: "0123456789ab" + value[12:]})
-    assert f"({key} 0123456789ab, then " in str(caught.value)
-    assert "give the same dataset, or start a new run" in str(caught.value)
+        compare(finished, dataset_folder, **changes)
+    tokens = Dataset.open(dataset_folder).split_tokens("train")
+    for part in (
+        "(dataset_fingerprint 0123456789ab, then ",
+        f"\n  - train tokens was {tokens:,} and is now 7\n",
+        'is now "deberta-prep build other"',
+        "give the same dataset, or start a new run with another run.folder, or go on with the new"
+        " data by --accept-data-change",
+    ):
+        assert part in str(caught.value)
+    comparison = compare(finished, dataset_folder, accepts=Accepts(data_change=True), **changes)
+    (accepted,) = comparison.accepted
+    assert (accepted.key, accepted.step) == ("dataset_fingerprint", 2)
+    assert accepted.new.startswith("0123456789ab")
+    assert f"train tokens was {tokens:,} and is now 7" in accepted.details
+
+
+def test_the_same_tokens_under_another_manifest_are_told_so(finished, dataset_folder):
+    with pytest.raises(UserError, match="the tokens to train on are the same, byte for byte"):
+        compare(finished, dataset_folder, dataset_fingerprint=another_fingerprint)
+
+
+def test_a_commit_of_an_older_version_still_resumes(finished, dataset_folder):
+    """It keeps only the fingerprint of its data."""
+    (*_, commit) = list_commits(finished.folder / "checkpoints")
+    here = session(finished, dataset_folder)
+    now = here.identity(open_run_data(here.config))
+    before = {key: now[key] for key in now if key not in ("dataset", "accepted")}
+    arguments = (commit, here.config, here.ds)
+    options = {"now": now, "accepts": ACCEPTS_NOTHING}
+    assert compare_with_commit(*arguments, before=before, **options) == Comparison()
+    before["dataset_fingerprint"] = another_fingerprint(now["dataset_fingerprint"])
+    with pytest.raises(UserError, match="keeps nothing but the fingerprint of its data"):
+        compare_with_commit(*arguments, before=before, **options)
+
+
+def test_another_tokenizer_cannot_be_accepted(finished, dataset_folder):
+    with pytest.raises(UserError) as caught:
+        compare(
+            finished,
+            dataset_folder,
+            tokenizer_fingerprint=another_fingerprint,
+            accepts=Accepts(config_change=True, data_change=True),
+        )
+    assert "(tokenizer_fingerprint 0123456789ab, then " in str(caught.value)
+    assert "ids mean other pieces, which no flag can accept" in str(caught.value)
+    assert "initialize.new_vocabulary=resize" in str(caught.value)
+
+
+def test_accepted_keys_are_listed_with_both_values(finished, dataset_folder):
+    words = ["run.seed=7", "optimizer.weight_decay=0.1", "logging.interval_steps=1"]
+    comparison = compare(finished, dataset_folder, *words, accepts=Accepts(config_change=True))
+    assert comparison.accepted == [
+        Accepted("run.seed", 42, 7, 2),
+        Accepted("optimizer.weight_decay", 0.01, 0.1, 2),
+    ]
+    assert str(comparison.accepted[0]) == "accepted at step 2: run.seed was 42, then 7"
+
+
+def test_one_flag_does_not_accept_the_other_difference(finished, dataset_folder):
+    with pytest.raises(UserError, match=r"run\.seed was 42 and is now 7"):
+        compare(finished, dataset_folder, "run.seed=7", accepts=Accepts(data_change=True))
+    changes = {"dataset_fingerprint": another_fingerprint}
+    with pytest.raises(UserError, match="--accept-data-change"):
+        compare(finished, dataset_folder, accepts=Accepts(config_change=True), **changes)
+
+
+def test_other_rates_are_shown(finished, dataset_folder):
+    words = ["optimizer.generator_learning_rate=1e-3", "schedule.max_steps=4"]
+    comparison = compare(finished, dataset_folder, *words, accepts=Accepts(config_change=True))
+    assert comparison.rates[0].startswith("learning rates (generator, discriminator)")
+    assert "  step 1: 0.002, 0.001 -> 0.001, 0.001 (done)" in comparison.rates
+    assert "  step 2: ended -> 0.0006667, 0.0006667" in comparison.rates
 
 
 @pytest.mark.parametrize("word", ["data.sequence_length=16", "objective.mask_prob=0.2"])
@@ -324,3 +450,51 @@ def test_the_vocabulary_is_compared_before_anything_is_built(finished, dataset_f
     assert done.stderr.count("\n") == 1
     assert "was tokenized with a vocabulary of" in done.stderr
     assert done.stdout == ""
+
+
+def test_nonsense_in_the_launcher_s_variables_is_named(tmp_path):
+    """One message, although no process knows itself to be the first."""
+    command = [sys.executable, "-m", "pipeline.train", *DRY[:4], "data.path=x"]
+    launcher = {"RANK": "abc", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [*command, f"run.folder={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**environment(), **launcher, "MASTER_PORT": "1"},
+        timeout=120,
+    )
+    assert done.returncode == EXIT_USAGE
+    assert "RANK=abc is not a number" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_newer_commit_is_named_and_refused(finished, dataset_folder, tmp_path):
+    """Not a traceback, and not a resume that forgets what the newer program had stored."""
+    (*_, commit) = list_commits(finished.folder / "checkpoints")
+    now = session(finished, dataset_folder).identity(
+        open_run_data(load_run_config(str(finished.arguments[0]), [f"data.path={dataset_folder}"]))
+    )
+    saved = commit.read_json("train_state.json")
+    assert restored_state(commit, saved, now).step == 2
+    del saved["state"]["starting_figures"]
+    assert restored_state(commit, saved, now).starting_figures == {}
+    saved["state"]["mood"] = "good"
+    saved["identity"]["environment"]["deberta-pretrain"] = "99.0"
+    with pytest.raises(UserError, match="holds mood, which this version does not know") as caught:
+        restored_state(commit, saved, now)
+    assert "was written by deberta-pretrain 99.0, this is" in str(caught.value)
+    copy = shutil.copytree(commit.path, tmp_path / commit.path.name)
+    resolved = json.loads((copy / "config.resolved.json").read_text())
+    resolved["run_config"]["schedule"]["moods"] = 3
+    (copy / "config.resolved.json").write_text(json.dumps(resolved))
+    with pytest.raises(UserError, match=r"unknown key 'schedule\.moods'") as caught:
+        compare_with_commit(
+            Commit(copy, 2),
+            load_run_config(str(finished.arguments[0])),
+            load_deepspeed_config(CPU_DEBUG),
+            before=saved["identity"],
+            now=now,
+            accepts=ACCEPTS_NOTHING,
+        )
+    assert "was written by deberta-pretrain 99.0, this is" in str(caught.value)

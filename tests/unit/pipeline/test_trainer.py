@@ -1,127 +1,15 @@
 """The loop's events on real engines: rows, evaluations, commits, stops, skips and failures."""
 
 import json
-import signal
-from pathlib import Path
 
 import pytest
 
-from data_prep.errors import CorruptError, DivergedError
-from pipeline.checkpoint import CheckpointStore, SaveError
-from pipeline.commit import Commit, list_commits, verify_commit
-from pipeline.config import RunConfig
+from data_prep.errors import CorruptError
+from pipeline.checkpoint import SaveError
+from pipeline.commit import list_commits, verify_commit
 from pipeline.engine_stepping import StepOutcome
-from pipeline.metrics import IntervalSums, MetricsWriter
-from pipeline.progress import ProgressDisplay
-from pipeline.run_folder import RunFolder
-from pipeline.runtime import StopSignal
-from pipeline.trainer import Services, Trainer, TrainState
-from tests.engines import LENGTH, rig, sequence_batches
-
-NETWORK = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "max_position_embeddings": 32,
-    "position_buckets": 8,
-}
-
-
-class Batches:
-    """The test's own sequences as a function of the step."""
-
-    def __init__(self, plan, damaged_step=None):
-        self._plan = plan
-        self._damaged_step = damaged_step
-
-    def at_step(self, step):
-        if step == self._damaged_step:
-            raise CorruptError("shard-00000.tokens.npy: block 0")
-        return sequence_batches(step, self._plan)
-
-    def batch_size_at(self, step):
-        return self._plan.train_batch_size
-
-    def tokens_before(self, step):
-        return step * self._plan.train_batch_size * LENGTH
-
-    def epochs_at(self, step):
-        return step / 10
-
-
-class Run:
-    """A trainer with real services; `evaluate` is the test's."""
-
-    def __init__(self, world, path, *, stage=1, state=None, damaged_step=None, **sections):
-        self.rig = rig(world, stage=stage)
-        self.folder = RunFolder(Path(path))
-        self.folder.acquire()
-        self.stop = StopSignal(None)
-        self.evaluated_at = []
-        self.answer = lambda: {"eval/mlm_loss": float(self.trainer.state.step)}
-        config = RunConfig.model_validate(
-            {
-                "data": {"sequence_length": LENGTH},
-                "model": {"vocab_size": 61},
-                "generator": NETWORK,
-                "discriminator": NETWORK,
-                "optimizer": {
-                    "generator_learning_rate": 1e-3,
-                    "discriminator_learning_rate": 2e-3,
-                },
-                "schedule": {"max_steps": 6, "warmup_steps": 2, **sections.pop("schedule", {})},
-                "checkpoint": {"interval_steps": 4, **sections.pop("checkpoint", {})},
-                "evaluation": {"interval_steps": 3},
-                "logging": {"interval_steps": 2},
-            }
-        )
-        assert not sections
-        self.trainer = Trainer(
-            config,
-            self.rig.engines,
-            self.rig.step,
-            {LENGTH: self.rig.keys},
-            Batches(self.rig.plan, damaged_step),
-            Services(
-                checkpoints=CheckpointStore(self.folder.checkpoints, config.checkpoint, 0, None),
-                stop=self.stop,
-                evaluate=self._evaluate,
-                folder=self.folder,
-                metrics=MetricsWriter(self.folder.metrics, self.folder.path / "tensorboard", 1),
-                progress=ProgressDisplay(0, config.schedule.max_steps),
-            ),
-            world=world,
-            state=state or TrainState(),
-            interval=IntervalSums(world.device),
-            identity={"world_size": 1},
-            config_json="{}\n",
-        )
-
-    def _evaluate(self):
-        self.evaluated_at.append(self.trainer.state.step)
-        return self.answer()
-
-    def fit(self):
-        try:
-            return self.trainer.fit()
-        finally:
-            self.trainer.close()
-            self.folder.release()
-
-    def ask_to_stop(self):
-        self.stop._handle(signal.SIGTERM, None)
-
-    @property
-    def commits(self):
-        return [commit.step for commit in list_commits(self.folder.checkpoints)]
-
-    def rows(self):
-        return [json.loads(line) for line in self.folder.metrics.read_text().splitlines()]
-
-    def saved(self, step):
-        name = f"step-{step:08d}"
-        return Commit(self.folder.checkpoints / name, step).read_json("train_state.json")
+from pipeline.train_state import TrainState
+from tests.running import Run, batches_of
 
 
 def test_events_of_an_undisturbed_run(world, tmp_path, capsys):
@@ -166,7 +54,7 @@ def test_a_row_holds_every_figure(world, tmp_path):
         "optim/generator_skipped_steps",
         "optim/discriminator_skipped_steps",
     }
-    assert row["train/epochs"] == 0.2
+    assert row["train/epochs"] == 0.04
     # The rate of the step that the row ends with: step 1, half of the warm-up.
     assert row["optim/generator_learning_rate"] == 0.5e-3
     assert row["optim/discriminator_learning_rate"] == 1e-3
@@ -177,8 +65,8 @@ def test_a_commit_holds_the_interval_that_it_interrupts(world, tmp_path):
     run = Run(world, tmp_path, checkpoint={"interval_steps": 5})
     run.fit()
     tokens = float.fromhex(run.saved(5)["interval_sums"][-1])
-    plan = run.rig.plan
-    assert tokens == sum(int(b.lengths_B.sum()) for b in sequence_batches(4, plan))
+    batches = batches_of(run.trainer.config, run.rig.plan).at_step(4)
+    assert tokens == sum(int(batch.lengths_B.sum()) for batch in batches)
     assert run.saved(5)["state"]["step"] == 5
     assert run.saved(5)["networks"]["generator"] == {"adam_step": 5, "loss_scaler": {}}
 
@@ -193,16 +81,70 @@ def test_a_stop_commits_the_step_that_it_finds(world, tmp_path, at):
     assert run.saved(at)["state"]["owes_evaluation"] is False
 
 
+@pytest.mark.parametrize(
+    ("phase", "taken"),
+    [
+        ("generator forward 0", False),  # asked between micro steps: nothing has changed yet
+        ("generator backward 0", False),
+        ("generator backward 1", True),  # no micro step follows
+        ("generator update", True),
+        ("discriminator forward 0", True),
+        ("discriminator update", True),
+    ],
+)
+def test_a_stop_in_the_middle_of_a_step(world, tmp_path, phase, taken):
+    run = Run(world, tmp_path, checkpoint={"interval_steps": 100})
+    run.when_marked = lambda seen, step: (seen, step) == (phase, 2) and run.ask_to_stop()
+    assert run.fit() == "stopped"
+    assert run.commits == [3 if taken else 2]
+    assert [row["step"] for row in run.rows()] == [2]
+
+
+def test_a_stop_before_the_first_step_commits_nothing(world, tmp_path):
+    run = Run(world, tmp_path)
+    run.ask_to_stop()
+    assert run.fit() == "stopped"
+    assert run.commits == run.rows() == run.evaluated_at == []
+
+
+def test_a_request_for_a_commit(world, tmp_path):
+    run = Run(world, tmp_path)
+    run.stop.watch(tmp_path, 0.0)
+
+    def ask(phase, step):
+        if (phase, step) == ("generator update", 2):
+            (tmp_path / "save-now").touch()
+            run.stop._looked_seconds = 0.0  # rank 0 looks at most once a second
+
+    run.when_marked = ask
+    assert run.fit() == "done"
+    assert run.commits == [3, 4, 6]
+    assert not (tmp_path / "save-now").exists()
+
+
+def test_rows_that_cannot_be_written_hold_back_the_commit(world, tmp_path, caplog):
+    run = Run(world, tmp_path, checkpoint={"interval_steps": 2})
+    sync, full = run.trainer._services.metrics.sync, [True]
+
+    def refuse():
+        if full.pop() if full else False:
+            raise OSError(28, "No space left on device")
+        sync()
+
+    run.trainer._services.metrics.sync = refuse
+    assert run.fit() == "done"
+    assert run.commits == [4, 6]
+    assert "metrics.jsonl: [Errno 28] No space left on device; the next commit tries" in caplog.text
+
+
 def stop_at(run, step):
-    """A signal in the middle of the step that ends as number `step`."""
-    take_step = run.trainer._train_step
+    """A signal late in the step that ends as number `step`."""
 
-    def signalled(completed, *arguments):
-        if completed == step - 1:
+    def ask(phase, completed):
+        if (phase, completed) == ("discriminator update", step - 1):
             run.ask_to_stop()
-        return take_step(completed, *arguments)
 
-    run.trainer._train_step = signalled
+    run.when_marked = ask
 
 
 @pytest.mark.parametrize("when", ["before the evaluation", "during the evaluation"])
@@ -257,31 +199,6 @@ def test_without_heldout_sequences_a_run_goes_on(world, tmp_path):
     assert run.fit() == "done"
     assert run.evaluated_at == [3, 6]
     assert [row["step"] for row in run.rows()] == [2, 4, 6]
-
-
-def poison(run, network):
-    return run.rig.module(network).register_forward_hook(
-        lambda _module, _arguments, output: output._replace(loss_sum=output.loss_sum * float("nan"))
-    )
-
-
-@pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("network", ["generator", "discriminator"])
-def test_a_streak_of_skipped_steps_ends_the_run(world, tmp_path, stage, network):
-    run = Run(world, tmp_path, stage=stage, schedule={"max_consecutive_skipped_steps": 5})
-    poison(run, network)
-    with pytest.raises(DivergedError) as caught:
-        run.fit()
-    assert caught.value.exit_code == 87
-    message = str(caught.value)
-    assert "5 steps in a row had a non-finite gradient, the last one step 5" in message
-    assert "the newest commit is step 4" in message
-    assert "learning_rate" in message
-    state = run.trainer.state
-    assert (state.step, state.consecutive_skipped) == (5, 5)
-    assert state.skipped == {"generator": 0, "discriminator": 0, network: 5}
-    assert [row["step"] for row in run.rows()] == [2, 3, 4], "everything before it is on disk"
-    assert run.rows()[0][f"optim/{network}_skipped_steps"] == 2
 
 
 def test_skips_are_counted_and_a_good_step_ends_the_streak():

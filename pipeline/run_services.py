@@ -1,0 +1,120 @@
+"""What a start opens around the training loop: commits, rows, progress, held-out figures."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.checkpoint import CheckpointStore
+from pipeline.engine import Engines
+from pipeline.evaluate.heldout import evaluate_heldout
+from pipeline.metrics_writer import MetricsWriter
+from pipeline.progress import ProgressDisplay
+from pipeline.run_data import RunData
+from pipeline.session import Session
+from pipeline.stragglers import Stragglers
+from pipeline.train_state import Services, TrainState
+from pipeline.training_step import TrainingStep
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_store(session: Session) -> CheckpointStore:
+    """Open the run's commits.
+
+    Args:
+        session: This start.
+
+    Returns:
+        The store; what it writes and reads are signs of progress, a new commit is told in
+        state.json.
+    """
+    folder = session.folder
+
+    def publish(step: int) -> None:
+        try:
+            folder.write_status("running", step)
+        except OSError as error:  # the commit is what counts; the next one tries again
+            logger.warning("state.json still tells of an earlier step: %s", error)
+
+    return CheckpointStore(
+        folder.checkpoints,
+        session.config.checkpoint,
+        session.world.rank,
+        session.control_group,
+        writer_group=session.writer_group,
+        on_published=publish,
+        on_progress=lambda: session.watchdog.mark("files", session.watchdog.step),
+    )
+
+
+def open_services(
+    session: Session,
+    store: CheckpointStore,
+    state: TrainState,
+    evaluate: Callable[[Callable[[], bool]], dict[str, float] | None],
+) -> Services:
+    """Open what the loop calls besides the step.
+
+    Args:
+        session: This start.
+        store: The run's commits.
+        state: Where the loop begins; rows behind it are dropped.
+        evaluate: Held-out figures, see `Services`.
+
+    Returns:
+        The services; a collective.
+    """
+    config, world, folder = session.config, session.world, session.folder
+    metrics = progress = None
+    if world.is_main:
+        folder.cut_metrics(state.step, owes_evaluation=state.owes_evaluation)
+        tensorboard: Path = folder.path / "tensorboard"
+        metrics = MetricsWriter(folder.metrics, tensorboard, purge_step=state.step + 1)
+        progress = ProgressDisplay(state.step, config.schedule.max_steps)
+    return Services(
+        control_group=session.control_group,
+        checkpoints=store,
+        stop=session.stop,
+        evaluate=evaluate,
+        folder=folder,
+        watchdog=session.watchdog,
+        stragglers=Stragglers(config.safety, world, session.control_group),
+        metrics=metrics,
+        progress=progress,
+    )
+
+
+def evaluate(
+    session: Session,
+    data: RunData,
+    engines: Engines,
+    step: TrainingStep,
+    should_stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Evaluate the engines' networks on the held-out split; a collective.
+
+    Args:
+        session: This start.
+        data: What the run reads.
+        engines: The networks.
+        step: How they predict.
+        should_stop: Asked before every batch, with the same answer on all ranks.
+
+    Returns:
+        The `eval/*` figures; none where nothing is held out, None where a stop came between.
+    """
+    if data.heldout.num_sequences == 0:
+        return {}
+    engines.train(False)
+    try:
+        return evaluate_heldout(
+            step.predict,
+            stream=data.heldout,
+            keys=data.heldout_keys,
+            max_sequences=session.config.evaluation.max_sequences,
+            batch_size=session.plan.train_micro_batch_size_per_gpu,
+            world=session.world,
+            should_stop=should_stop,
+        )
+    finally:
+        engines.train(True)
