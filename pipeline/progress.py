@@ -6,6 +6,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.terminal import tell
+
 _SHOWN = {
     "train/mlm_loss": "mlm",
     "train/rtd_loss": "rtd",
@@ -88,7 +90,7 @@ class ProgressDisplay:
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
     def _left(self, step: int) -> str:
         rate = (time.monotonic() - self._started_seconds) / max(1, step - self._first_step)

@@ -1,6 +1,6 @@
 """Requests from outside that all ranks act on together: stop, or commit now.
 
-    SIGTERM, SIGUSR1, SIGINT      to any rank: stop
+    SIGTERM, SIGUSR1, SIGINT      to any rank: stop; so does SIGHUP, unless `nohup` has it ignored
     a file `stop` in the folder   the same, for people without a way to send signals
     a file `save-now`             commit at the next step boundary and go on
     [checkpoint] interval_seconds the same, by the clock
@@ -68,6 +68,8 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
                 signal.signal(number, self._handle)
+            if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+                signal.signal(signal.SIGHUP, self._handle)
 
     def join(self, control_group: dist.ProcessGroup) -> None:
         """Agree with the other ranks from now on.

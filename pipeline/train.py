@@ -12,6 +12,7 @@ run folder says the same.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -31,6 +32,7 @@ from data_prep.errors import (
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config, require_data_path
 from pipeline.ds_config import DeepSpeedConfig, check_device, load_deepspeed_config
+from pipeline.terminal import tell
 
 if TYPE_CHECKING:
     from pipeline.resume import Accepts
@@ -127,8 +129,9 @@ def leave(code: int) -> NoReturn:
     # Without the interpreter's clean-up: there, threads of the native libraries were seen to end
     # ranks that had finished with SIGABRT ("terminate called without an active exception").
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a terminal that has gone away
+            stream.flush()
     os._exit(code)
 
 
@@ -159,7 +162,7 @@ def _report(error: UserError, *, everywhere: bool = False) -> int:
     is_first = not rank.isdigit() or int(rank) == 0  # also where the launcher's words are nonsense
     if is_first or everywhere:
         where = "" if is_first else f"rank {rank}: "
-        print(f"{where}error: {error}", file=sys.stderr, flush=True)
+        tell(f"{where}error: {error}")
     return error.exit_code
 
 
@@ -232,7 +235,7 @@ def _join_world(
     check_device(ds, world.device.type)
     if world.is_main:
         if taken_over := folder.acquire(job_id()):
-            print(f"note: {taken_over}", file=sys.stderr, flush=True)
+            tell(f"note: {taken_over}")
         cleanup.callback(folder.release)
     watchdog = Watchdog(folder.path, world, config.safety)
     watchdog.start()
@@ -276,7 +279,7 @@ def _fit(session: "Session") -> int:
     trainer, folder = assembled.trainer, session.folder
     step = trainer.state.step
     if session.world.is_main:
-        print("\n".join(banner_lines(session, assembled)), file=sys.stderr, flush=True)
+        tell("\n".join(banner_lines(session, assembled)))
     try:
         outcome = trainer.fit()
     finally:
@@ -286,7 +289,7 @@ def _fit(session: "Session") -> int:
     if session.world.is_main:
         _write_status(folder, "done", trainer.state.step, "")
         if step == trainer.state.step:
-            print(f"nothing left to do: {step:,} steps are done", file=sys.stderr, flush=True)
+            tell(f"nothing left to do: {step:,} steps are done")
     return 0
 
 
@@ -296,7 +299,7 @@ def _stopped(session: "Session", step: int | None) -> int:
         _write_status(session.folder, "stopped", step, session.stop.name or "request")
         done = "before the first step" if step is None else f"committed step {step}"
         message = f"stopped on request; {done}; the same command resumes"
-        print(message, file=sys.stderr, flush=True)
+        tell(message)
     return EXIT_STOPPED
 
 
@@ -305,7 +308,7 @@ def _write_status(folder: "RunFolder", status: str, step: int | None, reason: st
     try:
         folder.write_status(status, step, reason)
     except (OSError, ValueError) as error:
-        print(f"warning: state.json does not say {status!r}: {error}", file=sys.stderr, flush=True)
+        tell(f"warning: state.json does not say {status!r}: {error}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ MAX_FUNCTION_LINES = 80
 # Layer of every module of `pipeline`; imports go down or stay. A new module must be put here.
 LAYERS = {
     1: "config config_schedule rate_table config_networks config_files config_keys "
-    "config_loading ds_checks ds_config ds_schema findings flops phases resume_rules schedule",
+    "config_loading ds_checks ds_config ds_schema findings flops phases resume_rules schedule "
+    "terminal",
     2: "modeling counter_rng masking masking_words rtd data sample_order",
     3: "optimizer metrics metrics_writer runtime run_folder throughput prefetch progress faults "
     "watchdog hang_report rendezvous run_lock stragglers stop_signal skip_list spikes",

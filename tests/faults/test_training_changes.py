@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tests.faults.fingerprint import consumed_samples
+from tests.faults.fingerprint import consumed_samples, fingerprint
 from tests.faults.harness import Setup
 
 pytestmark = pytest.mark.distributed
@@ -48,6 +48,67 @@ def samples_by_step(run):
         step: [sample for key in sorted(parts) for sample in parts[key]]
         for step, parts in found.items()
     }
+
+
+def everything(run):
+    """Every file of a run folder."""
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+REFUSED = (
+    "run.seed=43",
+    "schedule.max_steps=13",
+    "schedule.warmup_steps=3",
+    "optimizer.generator_learning_rate=1e-3",
+    "generator.hidden_dropout_prob=0.2",
+    "generator.num_hidden_layers=3",
+    "data.sequence_length=16",
+    "objective.rtd_loss_weight=40",
+    "objective.embedding_sharing=nes",
+)
+FREE = (
+    "evaluation.interval_steps=5",
+    "evaluation.max_sequences=8",
+    "checkpoint.interval_steps=3",
+    "checkpoint.asynchronous=true",
+    "safety.replica_interval_steps=2",
+    "schedule.max_consecutive_skipped_steps=5",
+)
+
+
+@pytest.mark.row(15)
+@pytest.mark.parametrize(
+    "words",
+    [REFUSED[:1], *(pytest.param((w,), marks=pytest.mark.faults) for w in REFUSED[1:])],
+    ids=lambda words: words[0],
+)
+def test_refused_key_touches_nothing(words, lab, tmp_path, note):
+    run = tmp_path / "run"
+    lab.copy_reference(Setup(), run, 8)
+    before = everything(run / "checkpoints")
+    outcome = lab.run(run, Setup(), *words)
+    assert outcome.codes == [2], outcome.output
+    key = words[0].partition("=")[0]
+    assert f"{key} was " in outcome.output
+    assert "Traceback" not in outcome.output
+    assert everything(run / "checkpoints") == before
+    note(words[0], "refused, with both values")
+
+
+@pytest.mark.row(15)
+def test_batch_is_refused_and_free_keys_are_free(lab, tmp_path, note):
+    run = tmp_path / "run"
+    lab.copy_reference(Setup(), run, 8)
+    outcome = lab.run(run, Setup(batch=16))
+    assert outcome.codes == [2], outcome.output
+    assert "deepspeed.train_batch_size was 8 and is now 16" in outcome.output
+    outcome = lab.run(run, Setup(), *FREE)
+    assert outcome.codes == [0], outcome.output
+    mine, reference = fingerprint(run), lab.reference(Setup())
+    assert mine.tensors == reference.tensors
+    trained = [[row for row in each.rows if "train/mlm_loss" in row] for each in (mine, reference)]
+    assert trained[0] == trained[1]
+    note("train_batch_size; then evaluation, checkpoint, safety", "refused; then bit for bit")
 
 
 @pytest.mark.row(16)
@@ -109,14 +170,10 @@ def test_stage_and_precision_change(before, lab, tmp_path, note):
 def test_refused_precision_touches_nothing(lab, tmp_path, note):
     run = tmp_path / "run"
     lab.copy_reference(Setup(), run, 8)
-
-    def everything():
-        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-
-    before = everything()
+    before = everything(run)
     outcome = lab.run(run, Setup(1, 0, "bf16"))
     assert outcome.codes == [2], outcome.output
     assert "bf16" in outcome.output
     assert "Traceback" not in outcome.output
-    assert everything() == before
+    assert everything(run) == before
     note("bf16 at stage 0, which DeepSpeed gets wrong", "refused, no byte touched")

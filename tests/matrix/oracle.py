@@ -30,7 +30,7 @@ def load_or_train(key: TruthKey, folder: Path) -> Truth:
         if key.precision == "fp32":
             trained = exact_truth(key.update)
         else:
-            exact = load_or_train(TruthKey("fp32", key.update, 1, False), folder)
+            exact = load_or_train(TruthKey("fp32", key.update, 1), folder)
             trained = LowPrecision(key, exact.drawn).train()
         partial = path.with_suffix(f".{os.getpid()}.partial")  # two ranks may need the same
         trained.save(partial)

@@ -70,7 +70,7 @@ def noise(folder) -> dict:
     for precision in NOISE_OF:
         for update in ("decoupled", "joint"):
             one, four = (
-                load_or_train(TruthKey(precision, update, count, False), folder) for count in (1, 4)
+                load_or_train(TruthKey(precision, update, count), folder) for count in (1, 4)
             )
             found[f"{precision} {update}"] = distance(one, four, update).to_json()
     return found

@@ -108,7 +108,7 @@ LOW = [("bf16", "decoupled"), ("autocast", "joint"), ("fp16", "joint")]
 
 @pytest.mark.parametrize(("precision", "update"), LOW)
 def test_bounds_let_other_roundings_pass(references, precision, update):
-    one, two = (load_or_train(TruthKey(precision, update, n, False), references) for n in (1, 2))
+    one, two = (load_or_train(TruthKey(precision, update, n), references) for n in (1, 2))
     assert BOUNDS[precision].exceeded(distance(two, one, update).to_json()) == []
 
 
@@ -149,7 +149,7 @@ class Mistaken(LowPrecision):
     ],
 )
 def test_bounds_see_mistakes(references, precision, update, mistake):
-    key = TruthKey(precision, update, 1, False)
+    key = TruthKey(precision, update, 1)
     truth = load_or_train(key, references)
     mistaken = Mistaken(mistake, key, truth.drawn).train()
     assert BOUNDS[precision].exceeded(distance(mistaken, truth, update).to_json())
@@ -158,8 +158,8 @@ def test_bounds_see_mistakes(references, precision, update, mistake):
 @pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.1), ("autocast", 0.02)])
 @pytest.mark.parametrize("update", ["decoupled", "joint"])
 def test_low_precision_references_follow_the_exact_one(references, precision, limit, update):
-    low = load_or_train(TruthKey(precision, update, 1, False), references)
-    exact = load_or_train(TruthKey("fp32", update, 1, False), references)
+    low = load_or_train(TruthKey(precision, update, 1), references)
+    exact = load_or_train(TruthKey("fp32", update, 1), references)
     apart = distance(low, exact, update)
     assert apart.loss < limit
     assert apart.first_loss < 4 * 2.0**-9

@@ -54,19 +54,19 @@ class TruthKey:
     update: str
     micro_batches: int
     """Of one step; fp32 has one, since the sum does not depend on it."""
-    splits_bias: bool
-    """ZeRO-3 computes a Linear's product and its bias in two roundings."""
+    linear: str = "fused"
+    """How a Linear adds its bias: "split" is ZeRO-3's way (`low_precision.split`)."""
 
     @classmethod
     def of(cls, cell: Cell) -> "TruthKey":
         """The run that a cell is compared with."""
         if cell.precision == "fp32":
-            return cls("fp32", cell.update, 1, False)
-        return cls(cell.precision, cell.update, cell.ranks * cell.accumulation, cell.stage == 3)
+            return cls("fp32", cell.update, 1)
+        linear = "split" if cell.stage == 3 else "fused"
+        return cls(cell.precision, cell.update, cell.ranks * cell.accumulation, linear)
 
     def __str__(self):
-        split = "-split" if self.splits_bias else ""
-        return f"{self.precision}-{self.update}-{self.micro_batches}{split}"
+        return f"{self.precision}-{self.update}-{self.micro_batches}-{self.linear}"
 
 
 @dataclass

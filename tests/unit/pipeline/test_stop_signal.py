@@ -41,10 +41,14 @@ while True:
 
 
 @contextlib.contextmanager
-def sleeper():
+def sleeper(*before):
     """A process that has taken over the signals and says which one came first."""
     with subprocess.Popen(
-        [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [*before, sys.executable, "-c", SLEEPER],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     ) as process:
         assert process.stdout.readline() == "ready\n"
         yield process
@@ -60,6 +64,21 @@ def test_a_second_signal_after_three_seconds_exits_at_once(number):
         assert process.poll() is None, "the first one only sets a flag"
         process.send_signal(number)
         assert process.wait(timeout=10) == 128 + number
+
+
+def test_a_closed_terminal_asks_to_stop():
+    with sleeper() as process:
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == "SIGHUP\n"
+        assert process.poll() is None
+
+
+def test_nohup_is_obeyed():
+    with sleeper("nohup") as process:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "SIGTERM\n"
 
 
 def test_signals_that_launchers_send_together_count_as_one():
