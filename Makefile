@@ -47,6 +47,7 @@ lint: $(STAMP)
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults --faults-table tests/faults/results/faults.md
+	$(BIN)/python -m pytest -m faults tests/distributed
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak --kills $(KILLS) --output tests/soak/results/soak.md

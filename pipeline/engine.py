@@ -103,7 +103,22 @@ def start_engines(
                 config=ds.engine_dict(plan),
                 dist_init_required=False,
             )
+            _send_biases_in_fp32(module)
     return Engines(engines)
+
+
+def _send_biases_in_fp32(module: nn.Module) -> None:
+    """Keep DeepSpeed's autocast from rounding the biases of Linears where ranks exchange them.
+
+    Its ZeRO-3 gathers them in bf16 in a process's first step and in fp32 behind it (0.19.8): the
+    first step of a resumed run would differ. Weights it may round; so does a Linear by itself.
+    """
+    parameters: Any = module.parameters()
+    for parameter in parameters:
+        # ZeRO-3 leaves an empty tensor in its place, and keeps the shape beside it.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if len(shape) == 1 and hasattr(parameter, "comm_dtype"):
+            del parameter.comm_dtype
 
 
 def _network_groups(name: str, module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ because a reader asks for elements of a parameter and not for the flat buffer of
 are those of `pipeline.rank_files`.
 
     stage 0      parameters and their Adam state are whole on every rank; rank 0 writes them
-    stages 1, 2  fragments that DeepSpeed links to each parameter (`_hp_mapping`)
+    stages 1, 2  each rank's part of every group's flat tensor; stage 1 with bf16 by the links that
+                 DeepSpeed keeps at each parameter (`_hp_mapping`)
     stage 3      one contiguous run of every parameter a rank
 """
 
@@ -82,12 +83,21 @@ def local_slices(engine: Any, rank: int) -> Iterator[StateSlice]:
     """
     _ensure_moments(engine)
     inner = inner_optimizer(engine)
+    places = _flat_places(engine.optimizer)
     for name, parameter in engine.module.named_parameters():
         if hasattr(parameter, "ds_id"):
             start = rank * parameter.ds_tensor.ds_numel
             count = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
             if count > 0:
                 yield StateSlice(name, start, _stage3_tensors(engine, parameter, count))
+        elif id(parameter) in places:
+            group, offset = places[id(parameter)]
+            flat = _flat_partitions(engine)[group]
+            begin = rank * flat.numel()
+            first, last = max(offset, begin), min(offset + parameter.numel(), begin + flat.numel())
+            if first < last:
+                tensors = _narrowed(inner, flat, first - begin, last - first)
+                yield StateSlice(name, first - offset, tensors)
         elif hasattr(parameter, "_hp_mapping"):
             mapping = parameter._hp_mapping
             if mapping is not None:
@@ -101,6 +111,22 @@ def local_slices(engine: Any, rank: int) -> Iterator[StateSlice]:
             state = inner.state[parameter]
             tensors = {kind: state[kind].view(-1) for kind in MOMENTS}
             yield StateSlice(name, 0, {WEIGHT: parameter.data.view(-1), **tensors})
+
+
+def _flat_places(zero: Any) -> dict[int, tuple[int, int]]:
+    """Find where stages 1 and 2 put each parameter: group, and first element in its flat tensor.
+
+    Not by DeepSpeed's own links, which 0.19.8 makes as if `round_robin_gradients` were off: with it
+    a name would get another parameter's values.
+    """
+    if not hasattr(zero, "round_robin_bit16_groups"):
+        return {}
+    groups = zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
+    return {
+        id(parameter): (group, offset)
+        for group, (parameters, offsets) in enumerate(groups)
+        for parameter, offset in zip(parameters, offsets, strict=True)
+    }
 
 
 def _stage3_tensors(engine: Any, parameter: Any, count: int) -> dict[str, torch.Tensor]:

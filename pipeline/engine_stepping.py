@@ -77,12 +77,31 @@ def step_engine(engine: Any) -> StepOutcome:
         guard = inner_optimizer(engine)
         assert isinstance(guard, FiniteGuardAdamW)
         return StepOutcome(not guard.last_step_skipped, norm)
-    engine.step()
+    if engine.fp16_enabled():
+        _step_with_one_loss_scale(engine)
+    else:
+        engine.step()
     norm = engine.get_global_grad_norm()
     applied = bool(engine.was_step_applied())
     if not applied and engine.zero_optimization_stage() < 3:
         _forget_refused_gradients(engine.optimizer)
     return StepOutcome(applied, float("nan") if norm is None else float(norm))
+
+
+def _step_with_one_loss_scale(engine: Any) -> None:
+    """Step, and change the scale of the loss behind the step.
+
+    DeepSpeed 0.19.8 doubles it between the backward passes and the division by it: gradients that
+    are not clipped would be half as large in that step, as would the norm that stage 3 reports.
+    """
+    zero, overflows = engine.optimizer, []
+    zero._update_scale = overflows.append
+    try:
+        engine.step()
+    finally:
+        del zero._update_scale
+    for overflow in overflows:
+        zero._update_scale(overflow)
 
 
 def _forget_refused_gradients(zero: Any) -> None:

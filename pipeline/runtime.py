@@ -144,6 +144,9 @@ def start_world(world: World, num_threads: int | None = None) -> dist.ProcessGro
 
     Returns:
         The control group: gloo on every device, so that agreeing never waits for a GPU.
+
+    Raises:
+        RendezvousError: The address or the port of the launcher does not work.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -162,10 +165,28 @@ def start_world(world: World, num_threads: int | None = None) -> dist.ProcessGro
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        _meet(backend, world)
     group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+class RendezvousError(UserError):
+    """This rank cannot meet the others; each rank knows only its own reason."""
+
+
+def _meet(backend: str, world: World) -> None:
+    """Join the process group at the address that the launcher gave."""
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    except dist.DistError as error:  # pyright: ignore[reportPrivateImportUsage]
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        reason = str(error).splitlines()[0]
+        raise RendezvousError(
+            f"rank {world.rank} of {world.world_size} cannot meet the others at MASTER_ADDR="
+            f"{address}, MASTER_PORT={port}: {reason}; give an address of rank 0's host that all "
+            "hosts reach, and a port that is free there"
+        ) from error
 
 
 def on_all_ranks(group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:

@@ -184,6 +184,7 @@ def _train(config: RunConfig, ds: DeepSpeedConfig, options: argparse.Namespace) 
     stop.install()  # before the imports that take long, so that start-up can be stopped cleanly
     from pipeline.resume import Accepts
     from pipeline.run_folder import RunFolder
+    from pipeline.runtime import RendezvousError
 
     accepts = Accepts(options.accept_config_change, options.accept_data_change)
     folder = RunFolder(Path(config.run.folder))
@@ -194,7 +195,8 @@ def _train(config: RunConfig, ds: DeepSpeedConfig, options: argparse.Namespace) 
             # Any rank may be the one that finds damage; the status must not wait for rank 0.
             if error.exit_code in _STATUS and folder.path.is_dir():
                 _write_status(folder, _STATUS[error.exit_code], None, str(error).splitlines()[0])
-            return _report(error, everywhere=error.exit_code == EXIT_CORRUPT)
+            is_own = error.exit_code == EXIT_CORRUPT or isinstance(error, RendezvousError)
+            return _report(error, everywhere=is_own)
 
 
 def _prepare_process() -> None:

@@ -7,7 +7,7 @@ import pytest
 from pipeline import faults
 from tests.worlds import environment, rows, train
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 
 WORDS = ("checkpoint.interval_steps=2", "checkpoint.keep_last=9", "schedule.max_steps=10")
 

@@ -24,6 +24,7 @@ def last_commit(folder):
     }
 
 
+@pytest.mark.faults
 def test_the_data_stays_left_out_when_the_run_is_killed(
     tiny_run, deepspeed_json, dataset_folder, tmp_path, monkeypatch
 ):

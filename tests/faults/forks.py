@@ -75,6 +75,12 @@ def serve() -> None:
     _say("ready")
     for line in sys.stdin:
         request = json.loads(line)
+        if request["program"] == "deberta":
+            import pipeline.cli
+            import pipeline.commands_export
+            import pipeline.export_reload  # noqa: F401
+
+            _freeze()
         pid = os.fork()
         if pid == 0:
             _guarded(_launch, request)
@@ -94,6 +100,10 @@ def _import_everything() -> None:
     import pipeline.banner
     import pipeline.train  # noqa: F401
 
+    _freeze()
+
+
+def _freeze() -> None:
     # A fork takes one thread along: another one could hold a lock for ever in the child.
     assert len([*Path("/proc/self/task").iterdir()]) == 1, threading.enumerate()
     gc.collect()

@@ -14,6 +14,11 @@ from tests.faults.harness import Setup
 pytestmark = pytest.mark.distributed
 
 
+def tail(text, run):
+    """The last line, without paths of this test."""
+    return text.splitlines()[-1].replace(str(run), "RUN")
+
+
 @pytest.mark.row(7)
 @pytest.mark.parametrize(
     "setup", [Setup(), pytest.param(Setup(2, 3, "bf16"), marks=pytest.mark.faults)]
@@ -72,7 +77,9 @@ def test_small_disk(lab, tmp_path, note):
         assert not list((run / "checkpoints").glob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=64m", str(run / "checkpoints")], check=True)
         lab.finish(run, setup)
-    note(f"a disk of {kilobytes} kB, a commit takes {bytes_of_a_commit // 1000} kB", said)
+    note(
+        f"a disk of {kilobytes} kB, a commit takes {bytes_of_a_commit // 1000} kB", tail(said, run)
+    )
 
 
 @pytest.mark.row(7)
@@ -88,7 +95,7 @@ def test_files_may_not_grow(lab, tmp_path, note):
     assert [c.step for c in list_commits(run / "checkpoints")] == [4]
     assert str(run / "checkpoints") in outcome.output
     lab.finish(run, setup)
-    note("no file may be larger than 100 kB after step 4", outcome.output.splitlines()[-1])
+    note("no file may be larger than 100 kB after step 4", tail(outcome.output, run))
 
 
 @pytest.mark.row(8)
@@ -125,7 +132,7 @@ def test_no_write_succeeds(point, action, lab, tmp_path, note):
     assert [c.step for c in list_commits(run / "checkpoints")] == [2]
     assert not list((run / "checkpoints").glob("*.partial"))
     lab.finish(run, setup)
-    note(f"{action.upper()} at save.{point} from step 4 on", said[-160:])
+    note(f"{action.upper()} at save.{point} from step 4 on", tail(said, run))
 
 
 @pytest.mark.row(7, 8)

@@ -69,6 +69,17 @@ def with_cells_of(found, older):
     }
 
 
+def answered(found):
+    """Cells of a JSON file that are refused, or trained and, by today's bounds, right."""
+    rows = {Cell(**axes(row)): row for row in found["cells"]}
+    return {
+        cell
+        for cell, row in rows.items()
+        if not cell.trains()
+        or ("measured" in row and not BOUNDS[cell.precision].exceeded(row["measured"]))
+    }
+
+
 def failures(found):
     """Cells of the JSON file that are wrong, in words."""
     return [

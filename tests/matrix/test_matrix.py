@@ -4,7 +4,6 @@
 in the place of DeepSpeed's CPU Adam, which takes a minute to compile.
 """
 
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -16,7 +15,6 @@ from tests.matrix.bounds import BOUNDS
 from tests.matrix.cells import AXES, Cell, every_cell
 from tests.matrix.low_precision import LowPrecision
 from tests.matrix.oracle import load_or_train
-from tests.matrix.run import RESULTS
 from tests.matrix.spanning import pairs_of, spanning
 from tests.matrix.truth import TruthKey, distance
 from tests.matrix.worlds import Request, train_cells
@@ -31,11 +29,14 @@ REFUSALS = {
     "fp16 at ZeRO stage 0: DeepSpeed 0.19.8 counts Adam's steps wrong there",
     "fp16 needs a GPU; on a CPU use ds_configs/cpu_debug.json, or bf16",
 }
-# Found by the full matrix: names and values parted under `round_robin_gradients` on two ranks.
-FOUND_WRONG = [Cell(2, "fp32", 1, "none", "optimizer", 2, "decoupled")]
-SPAN = FOUND_WRONG + spanning(
-    [cell for cell in every_cell() if cell.trains() and cell.ranks in RANKS_HERE]
-)
+# Found by the full matrix, on two ranks: under `round_robin_gradients` names and values parted;
+# under autocast ZeRO-3 rounded biases in a process's first step and not behind it.
+FOUND_WRONG = [
+    Cell(2, "fp32", 1, "none", "optimizer", 2, "decoupled"),
+    Cell(3, "autocast", 1, "none", "none", 2, "decoupled"),
+]
+LEGAL = [cell for cell in every_cell() if cell.trains() and cell.ranks in RANKS_HERE]
+SPAN = list(dict.fromkeys(FOUND_WRONG + spanning(LEGAL)))
 
 
 def test_every_cell_trains_or_is_refused_by_name():
@@ -56,8 +57,7 @@ def test_every_cell_trains_or_is_refused_by_name():
 
 
 def test_the_short_matrix_has_every_pair_that_a_cell_can_have():
-    legal = [cell for cell in every_cell() if cell.trains() and cell.ranks in RANKS_HERE]
-    assert pairs_of(SPAN) == pairs_of(legal)
+    assert pairs_of(SPAN) == pairs_of(LEGAL)
     assert len(SPAN) < 40
     seen = pairs_of(SPAN)
     for stage, precision in product((1, 2, 3), ("fp32", "bf16", "autocast", "fp16")):
@@ -163,17 +163,3 @@ def test_low_precision_references_follow_the_exact_one(references, precision, li
     apart = distance(low, exact, update)
     assert apart.loss < limit
     assert apart.first_loss < 4 * 2.0**-9
-
-
-def test_the_committed_table_has_an_answer_in_every_cell():
-    found = json.loads(RESULTS.read_text())
-    answers = {Cell(**table.axes(row)): row for row in found["cells"]}
-    assert set(answers) == set(every_cell())
-    assert table.failures(found) == []
-    for cell, row in answers.items():
-        assert ("measured" in row) == cell.trains(), cell
-        assert row.get("refused") == cell.refusal(), cell
-        if "measured" in row:
-            assert BOUNDS[cell.precision].exceeded(row["measured"]) == [], cell
-    assert RESULTS.with_suffix(".md").read_text() == table.markdown(found)
-    assert "not run" not in table.markdown(found)

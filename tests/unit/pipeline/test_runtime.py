@@ -1,6 +1,9 @@
 """Ranks from the launcher's variables, signals, and where messages go."""
 
 import logging
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -128,3 +131,32 @@ def test_without_a_folder_messages_go_to_the_terminal_alone(root_logger, tmp_pat
     configure_logging(0, None)
     assert len(root_logger.handlers) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_port_is_named():
+    code = """
+import sys, torch
+from data_prep.errors import UserError
+from pipeline.runtime import World, start_world
+try:
+    start_world(World(0, 0, 2, torch.device("cpu")))
+except UserError as error:
+    print(error)
+"""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **variables, "MASTER_PORT": str(port)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=ROOT,
+        )
+    assert f"rank 0 of 2 cannot meet the others at MASTER_ADDR=127.0.0.1, MASTER_PORT={port}" in (
+        done.stdout
+    ), done.stderr
+    assert "a port that is free there" in done.stdout
