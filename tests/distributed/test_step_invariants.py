@@ -77,11 +77,11 @@ def phases(one, between=lambda: None):
     before = one.weights("generator")
     draws = [one.keys.draw(batch) for batch in batches]
     corrupted = one.step.generator_phase(0, batches, masked, draws, scale, sums)
-    one.step.update("generator", one.prepare(generator=1e-2))
+    one.step.update("generator", 0, one.prepare(generator=1e-2))
     middle, middle_state = one.weights("generator"), state(one, "generator")
     between()
     one.step.discriminator_phase(0, batches, corrupted, scale, sums)
-    one.step.update("discriminator", one.prepare())
+    one.step.update("discriminator", 0, one.prepare())
     assert_equal(state(one, "generator"), middle_state)
     return batches, masked, corrupted, before, middle
 

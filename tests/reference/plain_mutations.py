@@ -261,7 +261,7 @@ def embeddings_before_their_update(patch):
             number, batches, slots, draws, scales.per_masked_token, sums
         )
         self.discriminator_phase(number, batches, corrupted, scales.per_token, sums)
-        return {name: self.update(name, prepare) for name in ("generator", "discriminator")}
+        return {name: self.update(name, number, prepare) for name in ("generator", "discriminator")}
 
     patch.setattr(step.DecoupledStep, "phases", phases)
 
@@ -269,14 +269,17 @@ def embeddings_before_their_update(patch):
 def draws_after_the_update(patch):
     def phases(self, number, batches, slots, draws, scales, sums, prepare):
         self.generator_phase(number, batches, slots, draws, scales.per_masked_token, sums)
-        outcome = self.update("generator", prepare)
+        outcome = self.update("generator", number, prepare)
         corrupted = []
         with torch.no_grad():
             for each in zip(batches, slots, draws, strict=True):
                 drawn = step._generate(self._engines["generator"], *each).drawn_BK
                 corrupted.append(step._corrupted(*each[:2], drawn))
         self.discriminator_phase(number, batches, corrupted, scales.per_token, sums)
-        return {"generator": outcome, "discriminator": self.update("discriminator", prepare)}
+        return {
+            "generator": outcome,
+            "discriminator": self.update("discriminator", number, prepare),
+        }
 
     patch.setattr(step.DecoupledStep, "phases", phases)
 

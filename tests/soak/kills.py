@@ -26,9 +26,8 @@ POINTS = {
     "step": (
         "data.read",
         "step.begin",
-        "step.generator_loss",
+        "step.forward",
         "step.generator_update",
-        "step.discriminator_loss",
         "step.discriminator_update",
         "step.end",
         "metrics.write",
