@@ -83,7 +83,8 @@ class Running:
     def signal(self, number: int, *ranks: int) -> None:
         """Signal some ranks of a forked world; all of them where none is named."""
         for rank, pid in enumerate(self.pids()):
-            if not ranks or rank in ranks:
+            # A process id of one that has ended may be somebody else's by now.
+            if (not ranks or rank in ranks) and rank not in self.codes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
 
@@ -163,6 +164,8 @@ class Running:
 
     def kill(self) -> None:
         """SIGKILL to all that is left."""
+        if self.ended():
+            return
         everybody = self.everybody()
         for process in everybody:
             with contextlib.suppress(psutil.NoSuchProcess):
