@@ -90,7 +90,9 @@ def test_processes(action):
                 time.sleep(1)
                 assert process.poll() is None
             else:
-                output, errors = process.communicate(timeout=30)
+                # Not communicate(): the line may already be in this pipe's buffer.
+                output, errors = process.stdout.read(), process.stderr.read()
+                process.wait(timeout=30)
                 assert (output == "still\n") == (action == "sleep:0")
                 expected = {"kill": -signal.SIGKILL, "signal:SIGUSR2": -signal.SIGUSR2, "raise": 1}
                 assert process.returncode == expected.get(action, 0), errors
