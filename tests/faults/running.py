@@ -64,6 +64,18 @@ class Running:
     """The launcher, where it is a child of this process."""
     started_seconds: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        self._records = self.folder.with_name(f"{self.folder.name}.samples-0")
+        self._old_bytes = self._records.stat().st_size if self._records.exists() else 0
+
+    def new_records(self) -> str:
+        """What rank 0 of a forked world has noted about the samples of its steps in this start."""
+        if not self._records.exists():
+            return ""
+        with self._records.open() as file:
+            file.seek(self._old_bytes)
+            return file.read()
+
     def _read(self) -> dict[str, Any]:
         return json.loads(self.notes.read_text()) if self.notes.exists() else {}
 

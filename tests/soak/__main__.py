@@ -25,7 +25,13 @@ from tests.soak.results import Results, Run
 from tests.soak.small_dataset import make_small_dataset
 
 MODES = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"))
-CELLS = [Setup(r, stage, precision, WORDS) for stage, precision in MODES for r in (1, 2)]
+# A row a step shows every loss; rows of three steps need the sums that a commit carries along.
+ROWS = {1: "logging.interval_steps=1", 2: "logging.interval_steps=3"}
+CELLS = [
+    Setup(ranks, stage, precision, (*WORDS, ROWS[ranks]))
+    for stage, precision in MODES
+    for ranks in (1, 2)
+]
 MAX_KILLS_OF_A_RUN = 8
 
 

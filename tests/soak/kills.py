@@ -4,13 +4,13 @@ by point   DEBERTA_FAULT strikes at a named place of the program, of one rank or
 by time    the signal comes from outside, a random time after something was seen to begin
 """
 
+import json
 import random
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.fingerprint import last_step
 from tests.faults.harness import Lab, Setup
 from tests.faults.running import Outcome, Running
 
@@ -113,11 +113,21 @@ def _until(running: Running, run: Path, kill: Kill) -> bool:
         time.sleep(2.0 * kill.delay)
         return not running.ended()
     partial = run / "checkpoints" / f"step-{kill.step:08d}.partial"
+    # Evaluation and save come behind the step that makes the count full.
+    target = kill.step - (kill.moment != "step")
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while not running.ended() and time.monotonic() < deadline:
-        begun = last_step(run) >= kill.step
-        if begun or (kill.moment == "save" and partial.exists()):
-            time.sleep(_STEP_SECONDS * kill.delay * (0.3 if kill.moment == "save" else 1.0))
+        begun = _newest_begun(running)
+        saving = kill.moment != "save" or partial.exists() or begun > target
+        if begun >= target and saving:
+            share = 0.2 if kill.moment == "save" else 1.0
+            time.sleep(_STEP_SECONDS * share * kill.delay)
             return not running.ended()
         time.sleep(0.002)
     return False
+
+
+def _newest_begun(running: Running) -> int:
+    """The step that rank 0 has begun last in this start; -1 for none."""
+    lines = running.new_records().rpartition("\n")[0].splitlines()
+    return json.loads(lines[-1])[0] if lines else -1

@@ -180,37 +180,41 @@ def test_train_tokenizer_prints_its_fit(run, tiny_corpus, tmp_path):
 
 
 def test_control_c_stops_at_once_and_says_how_to_go_on(texts, jsonl, tiny_tokenizer, tmp_path):
-    jsonl(tmp_path / "a.jsonl", texts(30_000, seed=1))
-    words = ["build", "a.jsonl", "--tokenizer", str(tiny_tokenizer), "--output", "d"]
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep",
-        *words,
-        "--workers",
-        "2",
-        "--unit-bytes",
-        "10000",  # many units: a busy machine may look long after the first one is done
-    ]
+    factor = 1
+    while True:
+        folder = tmp_path / f"x{factor}"
+        folder.mkdir()
+        jsonl(folder / "a.jsonl", texts(30_000 * factor, seed=1))
+        code, output = interrupted_build(folder, tiny_tokenizer)
+        if code != 0 or factor > 16:
+            break
+        factor *= 4  # a busy machine looked when all was done
+    assert code == 130, output
+    assert "interrupted; run the same command to go on with d" in output
+    assert "Traceback" not in output
+
+
+def interrupted_build(folder, tokenizer):
+    """Build from a.jsonl, interrupted after its first unit; (exit code, what it printed)."""
+    words = ["build", "a.jsonl", "--tokenizer", str(tokenizer), "--output", "d"]
     process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
+        [sys.executable, "-m", "data_prep", *words, "--workers", "2", "--unit-bytes", "10000"],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("d/.work/unit-*/done.json")):
+    deadline = time.monotonic() + 100
+    while not list(folder.glob("d/.work/unit-*/done.json")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     # As a terminal does: the whole group gets the signal.
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
-    assert "interrupted; run the same command to go on with d" in err
-    assert "Traceback" not in out + err
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
 
 
 def test_a_terminal_gets_a_bar(tiny_corpus, tiny_tokenizer, tmp_path):
