@@ -1,6 +1,7 @@
 """SIGKILL to a rank, in a step and at every point of a save, and to a whole world."""
 
 import random
+import shutil
 import signal
 
 import pytest
@@ -69,7 +70,11 @@ def test_killed_in_a_save(ranks, points, lab, tmp_path, note):
         steps = commits_after_a_kill(run)
         assert steps[-1] == (step if point in ("latest", "prune") else step - 2)
         seen.append(f"{point}: {steps[-1]}")
-    # What nobody will finish was there, and is gone at the next start.
+    # A save that was asked for and killed is of a step that no later start saves again.
+    for kind in ("partial", "removing"):
+        shutil.copytree(
+            run / "checkpoints" / f"step-{steps[-1]:08d}", run / f"checkpoints/step-00000001.{kind}"
+        )
     outcome = lab.finish(run, setup)
     assert not [name for name in outcome.commits if "." in name], outcome.commits
     note(
