@@ -8,6 +8,7 @@ bound to DeepSpeed 0.19.8, knows its habits:
     - it compiles a C++ operation for CPU collectives that training never calls: switched off
     - its own learning-rate schedule is not used: rates are functions of the run's step
     - at ZeRO stage 0 it trains on after a NaN: the optimizer handed to it refuses such a step
+    - its fp32 masters begin with rounded weights: they are given the exact ones
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from torch import nn
 
 from pipeline.config import OptimizerSection
 from pipeline.ds_config import BatchPlan, DeepSpeedConfig
-from pipeline.engine_state import WEIGHT, local_slices
+from pipeline.engine_state import WEIGHT, local_slices, write_weights
 from pipeline.optimizer import build_optimizer, parameter_groups
 from pipeline.runtime import World
 
@@ -97,12 +98,15 @@ def start_engines(
                 zero_stage=ds.zero_stage,
                 cpu_offload_class=_cpu_adam() if ds.offload_optimizer else None,
             )
+            # DeepSpeed rounds the weights to bf16 or fp16 first and makes its masters from those.
+            exact = {key: p.detach().clone() for key, p in module.named_parameters()}
             engines[name], *_ = deepspeed.initialize(
                 model=module,
                 optimizer=client,
                 config=ds.engine_dict(plan),
                 dist_init_required=False,
             )
+            write_weights(engines[name], world.rank, exact)
             _send_biases_in_fp32(module)
     return Engines(engines)
 

@@ -246,6 +246,19 @@ def restore_state(engine: Any, rank: int, reader: StateReader, scalars: dict[str
             setattr(engine.optimizer.loss_scaler, field, value)
 
 
+def write_weights(engine: Any, rank: int, weights: dict[str, torch.Tensor]) -> None:
+    """Set this rank's fp32 weights; the module's own, in its precision, stay as they are.
+
+    Args:
+        engine: A DeepSpeed engine that has taken no step.
+        rank: This process's data-parallel rank.
+        weights: Parameter -> whole fp32 tensor, equal on all ranks.
+    """
+    for part in local_slices(engine, rank):
+        values = part.tensors[WEIGHT]
+        values.copy_(weights[part.name].view(-1).narrow(0, part.start, values.numel()))
+
+
 def _is_replicated(engine: Any) -> bool:
     """Whether every rank holds the whole state (stage 0)."""
     return engine.zero_optimization_stage() == 0

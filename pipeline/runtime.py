@@ -152,6 +152,10 @@ def start_world(world: World, num_threads: int | None = None) -> dist.ProcessGro
         torch.set_num_threads(num_threads)
     # Children of DeepSpeed (its C++ builds, its accelerator probe) must agree about the device.
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    if world.device.type == "cpu":
+        # ZeRO-3 asks for it in every bucket; without it DeepSpeed runs `numactl` each time.
+        local_size = os.environ.get("LOCAL_WORLD_SIZE", str(world.world_size))
+        os.environ.setdefault("LOCAL_SIZE", local_size)
     backend = "gloo"
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)

@@ -10,13 +10,16 @@ Letters: B sequences, L sequence length, C labels.
 """
 
 import math
+import pickle
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from data_prep.errors import UserError
@@ -145,7 +148,8 @@ def finetune(
     with encoder_repository(model, dataset) as repository:
         from transformers import AutoConfig  # costs seconds to import
 
-        config = AutoConfig.from_pretrained(repository, trust_remote_code=False)
+        with _loaded_from(repository):
+            config = AutoConfig.from_pretrained(repository, trust_remote_code=False)
         if options.max_length > config.max_position_embeddings:
             raise UserError(
                 f"--max-length {options.max_length}: the model takes at most "
@@ -186,6 +190,25 @@ def _check_options(options: FinetuneOptions) -> None:
         raise UserError(f"--learning-rate {options.learning_rate}: give a number in (0, 1)")
 
 
+@contextmanager
+def _loaded_from(repository: Path) -> Iterator[None]:
+    """Say of a repository that transformers refuses what is wrong with it."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{repository}: its weights are damaged, or hold Python objects beside the tensors; "
+            "such a file can run any program and is not loaded: convert it to model.safetensors "
+            "where that may do no harm"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{repository}: transformers cannot load this model ({reason}); name a run, an export, "
+            "or a DeBERTa-v2/v3 repository"
+        ) from error
+
+
 def _build_model(repository: Path, start: str, task: Task) -> Any:
     """Build transformers' model for a task, with pre-trained or random weights."""
     import transformers
@@ -222,7 +245,9 @@ def _train_and_score(
     """Train one model and score it on the test file."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = _build_model(repository, start, task).to(device)
+        with _loaded_from(repository):
+            model = _build_model(repository, start, task)
+        model.to(device)
         # Drawn after the new weights, dropout would follow from how many there are.
         torch.manual_seed(seed)
         _train(model, task.train, options, learning_rate, seed, device)

@@ -246,9 +246,11 @@ def test_a_payload_in_a_model_to_evaluate_is_not_executed(
         report = finetune(path, labelled, labelled, options=options)
         seen = f"scored by transformers' own code, {len(report.runs)} runs"
         assert how == "code"
-    except Exception as error:
-        seen = f"refused: {type(error).__name__}"
-        assert how != "code"
+    except UserError as error:
+        seen = f"refused: {str(error).removeprefix(str(path)).partition(';')[0]}"
+        words = {"pickle": "hold Python objects", "code of an unknown model": "cannot load"}
+        assert f"{path}: " in str(error)
+        assert words[how] in str(error)
     note(f"{how} in a repository that is evaluated", f"{seen}; nothing executed")
 
 

@@ -71,16 +71,17 @@ class LowPrecision:
         self.key, self.drawn = key, drawn
         self.config = run_config(key.update)
         self.keys = objective_keys(self.config)
-        self.pair = small_pair(config=self.config).to(DTYPES[key.precision])
+        self.pair = small_pair(config=self.config)
         modules = self.pair.trained_modules()
+        masters = {
+            name: {k: p.detach().clone() for k, p in module.named_parameters()}
+            for name, module in modules.items()
+        }
+        self.pair.to(DTYPES[key.precision])
         self.parameters = {name: dict(m.named_parameters()) for name, m in modules.items()}
         self.adam = {
-            name: PlainAdamW(
-                {k: p.detach().float().clone() for k, p in named.items()},
-                self.config.optimizer,
-                CLIPPING,
-            )
-            for name, named in self.parameters.items()
+            name: PlainAdamW(weights, self.config.optimizer, CLIPPING)
+            for name, weights in masters.items()
         }
         self.scales = {name: LossScale(FIRST_SCALE_POWER, SCALE_WINDOW_STEPS) for name in modules}
         self.passes = nullcontext()
