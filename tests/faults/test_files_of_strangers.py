@@ -242,15 +242,15 @@ def test_a_payload_in_a_model_to_evaluate_is_not_executed(
         (path / "hidden.py").write_text(HIDDEN_CODE.format(harm=str(harm)))
     monkeypatch.setattr("sys.stdin", io.StringIO())
     options = FinetuneOptions(seeds=1, epochs=1, batch_size=4, max_length=16)
-    try:
+    if how == "code":
         report = finetune(path, labelled, labelled, options=options)
         seen = f"scored by transformers' own code, {len(report.runs)} runs"
-        assert how == "code"
-    except UserError as error:
-        seen = f"refused: {str(error).removeprefix(str(path)).partition(';')[0]}"
+    else:
         words = {"pickle": "hold Python objects", "code of an unknown model": "cannot load"}
-        assert f"{path}: " in str(error)
-        assert words[how] in str(error)
+        with pytest.raises(UserError, match=words[how]) as caught:
+            finetune(path, labelled, labelled, options=options)
+        assert str(caught.value).startswith(f"{path}: ")
+        seen = f"refused: {str(caught.value).removeprefix(str(path)).partition(';')[0]}"
     note(f"{how} in a repository that is evaluated", f"{seen}; nothing executed")
 
 
