@@ -36,11 +36,16 @@ DRY = ["--config", "demo", "--deepspeed_config", CPU_DEBUG, "--dry-run"]
 
 
 COUNTED = functools.cache(parameter_counts)
+RANKS = (1, 8, 64, 512)
+# Every preset with every JSON; each of both with every number of ranks.
+DRY_RUNS = [
+    pytest.param(preset, path, RANKS[(row + column) % len(RANKS)], id=f"{preset}-{path.stem}")
+    for row, preset in enumerate(preset_names())
+    for column, path in enumerate(DS_CONFIGS)
+]
 
 
-@pytest.mark.parametrize("preset", preset_names())
-@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("ranks", [1, 8, 64, 512])
+@pytest.mark.parametrize(("preset", "path", "ranks"), DRY_RUNS)
 def test_dry_run(preset, path, ranks, capsys, monkeypatch):
     """Each is a plan, or refused with the sizes that would be one."""
     monkeypatch.setattr("pipeline.dry_run.parameter_counts", COUNTED)
