@@ -186,7 +186,8 @@ def _extension(schedule: ScheduleSection, step: int, options: ExtendOptions) -> 
         raise UserError(
             f"--decay continue: the learning rate has come down to 0 at step {step}, and nothing "
             "would be learned; take --decay restart, or an older checkpoint with --from-step and "
-            "--output"
+            "--output, or stretch the whole decay with `deberta train ... schedule.max_steps="
+            f"{options.max_steps} --accept-config-change`"
         )
     return ExtensionSection(from_step=step, previous_max_steps=schedule.max_steps)
 
