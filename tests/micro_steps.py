@@ -152,8 +152,8 @@ def train_plain(case, ranks):
     """Weights after all steps, and the norm of each step, None where it was left out."""
     module = network()
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    masters = {name: p.detach().clone() for name, p in module.named_parameters()}
     module.to(dtype)
-    masters = {name: p.detach().float() for name, p in module.named_parameters()}
     adam, norms = PlainAdamW(masters, optimizer_section(case), CLIPPING), []
     for step, (micro_steps, is_finite) in enumerate(STEPS):
         if not is_finite:
