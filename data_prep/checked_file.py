@@ -1,14 +1,20 @@
-"""A file of tokens whose bytes are compared every time that they are handed out.
+"""A file of tokens none of whose bytes is handed out before it was compared.
 
-CheckedFile   a block (4 MiB) must have the manifest's sha256 before its first byte is used; from
-              then on every page (32 KiB) must have the CRC-32 that it had in the hashed block
+CheckedFile   reads into memory of the caller, and compares what lies there: a block (4 MiB) with
+              the manifest's sha256 the first time, a page (32 KiB) with the CRC-32 that it had in
+              the hashed block every later time
 OpenFiles     a bounded number of descriptors, since a terabyte has more shards than a process may
               open
 
-Why again at every read: a run reads an epoch for days, while the operating system drops its pages
-and fetches them anew from the disk. What was right at its first use may be wrong at its second, and
-a memory map would serve it without a word. CRC-32 finds every single flipped bit and every error
-burst of up to 32 bits; it costs a sequence a few microseconds and a terabyte 128 MiB of memory.
+What is compared is the copy that the caller keeps, never the file behind it: there is no moment
+between hashing and use at which the bytes can become others. Why CRCs: a run reads an epoch for
+days, while the operating system drops its pages and fetches them anew from the disk. What was right
+at its first use may be wrong at its second. CRC-32 finds every single flipped bit and every error
+burst of up to 32 bits, costs a fifth of sha256 and a terabyte 128 MiB of memory, and serves a
+reader that wants a page without the rest of its block.
+
+A file that was written to since (another inode, size or time of change) counts as never checked.
+`data_prep.block_cache` keeps what was checked and holds the lock under which all this happens.
 """
 
 import hashlib
@@ -28,7 +34,7 @@ from data_prep.manifest import BLOCK_BYTES
 from data_prep.npy_files import CURE
 
 PAGE_BYTES = 32 << 10
-_PAGES_PER_BLOCK = BLOCK_BYTES // PAGE_BYTES
+PAGES_PER_BLOCK = BLOCK_BYTES // PAGE_BYTES
 _MAX_OPEN_FILES = 128  # of the 1,024 that a process usually may have
 
 
@@ -45,33 +51,72 @@ class OpenFiles:
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         weakref.finalize(self, _close_all, self._descriptors)
 
-    def pread(self, path: str, count: int, offset: int) -> bytes:
+    def read_into(self, path: str, offset: int, into: memoryview) -> int:
         """Read from a file, opening it if need be.
 
         Args:
             path: the file.
-            count: bytes wanted.
             offset: first byte.
+            into: bytes [wanted], contiguous.
 
         Returns:
-            The bytes; fewer at the end of the file.
+            How many bytes were read; fewer than wanted at the end of the file.
 
         Raises:
             OSError: the file cannot be opened or read.
         """
         # Under the lock to the end: a descriptor that another thread closes may be reused.
         with self._lock:
-            if path not in self._descriptors:
-                descriptor = os.open(path, os.O_RDONLY)
-                if len(self._descriptors) >= self._limit:
-                    os.close(self._descriptors.popitem(last=False)[1])
-                self._descriptors[path] = descriptor
-            self._descriptors.move_to_end(path)
-            return os.pread(self._descriptors[path], count, offset)
+            descriptor, done = self._open(path), 0
+            while done < len(into):
+                count = os.preadv(descriptor, [into[done:]], offset + done)
+                if count == 0:
+                    break
+                done += count
+            return done
+
+    def announce(self, path: str, offset: int, count: int) -> None:
+        """Let the operating system fetch what will be read soon, without waiting for it.
+
+        Args:
+            path: the file, opened if need be.
+            offset: first byte.
+            count: bytes.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        with self._lock:
+            os.posix_fadvise(self._open(path), offset, count, os.POSIX_FADV_WILLNEED)
+
+    def version(self, path: str) -> tuple[int, int, int, int]:
+        """Tell a file from what it was before somebody wrote to it, or put another in its place.
+
+        Args:
+            path: the file, opened if need be.
+
+        Returns:
+            Device, inode, bytes and the time of the last change in nanoseconds.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        with self._lock:
+            found = os.fstat(self._open(path))
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _open(self, path: str) -> int:
+        if path not in self._descriptors:
+            descriptor = os.open(path, os.O_RDONLY)
+            if len(self._descriptors) >= self._limit:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[path] = descriptor
+        self._descriptors.move_to_end(path)
+        return self._descriptors[path]
 
 
 class CheckedFile:
-    """Bytes of one token file, none of them unchecked; safe to share between threads.
+    """Compares the bytes of one token file; its caller sees to it that one thread does so at once.
 
     Args:
         path: the file.
@@ -83,44 +128,69 @@ class CheckedFile:
         self._path = str(path)
         self._block_sha256s = block_sha256s
         self._files = files
-        self._lock = threading.Lock()
+        self._version: tuple[int, int, int, int] | None = None
         self._is_checked = bytearray(len(block_sha256s))
         self._page_sums: NDArray[np.uint32] | None = None
 
-    def read(self, start: int, end: int) -> memoryview:
-        """Read bytes [start, end).
+    @property
+    def num_blocks(self) -> int:
+        """4 MiB blocks of the file, the last one shorter."""
+        return len(self._block_sha256s)
 
-        Args:
-            start: first byte, counted from the beginning of the file.
-            end: one past the last byte, behind `start`.
+    def has_changed(self) -> bool:
+        """Look whether somebody wrote to the file since the last look.
 
         Returns:
-            The bytes.
+            True if so; no block of it counts as checked any more. What the first look finds is no
+            change.
 
         Raises:
-            CorruptError: naming the file and what is wrong in it.
+            CorruptError: the file cannot be opened.
         """
-        first_block, last_block = start // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
-        if self._is_checked.count(1, first_block, last_block + 1) <= last_block - first_block:
-            with self._lock:
-                for block in range(first_block, last_block + 1):
-                    if not self._is_checked[block]:
-                        self._check_block(block)
-        assert self._page_sums is not None
-        first = start // PAGE_BYTES
-        content = memoryview(self._pread((end - 1) // PAGE_BYTES + 1 - first, first))
-        for page in range(first, (end - 1) // PAGE_BYTES + 1):
-            begin = (page - first) * PAGE_BYTES
-            if zlib.crc32(content[begin : begin + PAGE_BYTES]) != self._page_sums[page]:
-                raise CorruptError(
-                    f"{self._path}: bytes from {page * PAGE_BYTES} (block "
-                    f"{page // _PAGES_PER_BLOCK}) are not what they were when they were first "
-                    f"read. {CURE}"
-                )
-        return content[start - first * PAGE_BYTES : end - first * PAGE_BYTES]
+        try:
+            version = self._files.version(self._path)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if version == self._version:
+            return False
+        is_first, self._version = self._version is None, version
+        self._is_checked = bytearray(self.num_blocks)
+        return not is_first
 
-    def _check_block(self, block: int) -> None:
-        content = memoryview(self._pread(_PAGES_PER_BLOCK, block * _PAGES_PER_BLOCK))
+    def is_checked(self, block: int) -> bool:
+        """Whether a block had the manifest's sha256, so that its pages may be read alone."""
+        return bool(self._is_checked[block])
+
+    def announce(self, first_page: int, end_page: int) -> None:
+        """Say which pages will be read soon; of an unchecked block that is the whole block.
+
+        Args:
+            first_page: counted from the beginning of the file.
+            end_page: one past the last page, in the same block.
+
+        Raises:
+            CorruptError: the file cannot be opened.
+        """
+        block = first_page // PAGES_PER_BLOCK
+        if not self._is_checked[block]:
+            first_page, end_page = block * PAGES_PER_BLOCK, (block + 1) * PAGES_PER_BLOCK
+        try:
+            count = (end_page - first_page) * PAGE_BYTES
+            self._files.announce(self._path, first_page * PAGE_BYTES, count)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def read_block(self, block: int, into: memoryview) -> None:
+        """Read a block and compare it with the manifest.
+
+        Args:
+            block: which one.
+            into: bytes [4 MiB]; what it holds after an error must not be used.
+
+        Raises:
+            CorruptError: naming the file and the block.
+        """
+        content = into[: self._read(block * BLOCK_BYTES, into)]
         if hashlib.sha256(content).hexdigest() != self._block_sha256s[block]:
             raise CorruptError(
                 f"{self._path}: block {block} (bytes from {block * BLOCK_BYTES}) does not have the "
@@ -128,19 +198,41 @@ class CheckedFile:
             )
         if self._page_sums is None:
             # Zeros cost no memory before something is written to them.
-            self._page_sums = np.zeros(len(self._is_checked) * _PAGES_PER_BLOCK, np.uint32)
-        for page in range(-(-len(content) // PAGE_BYTES)):
-            sum_ = zlib.crc32(content[page * PAGE_BYTES : (page + 1) * PAGE_BYTES])
-            self._page_sums[block * _PAGES_PER_BLOCK + page] = sum_
+            self._page_sums = np.zeros(self.num_blocks * PAGES_PER_BLOCK, np.uint32)
+        for page, start in enumerate(range(0, len(content), PAGE_BYTES), block * PAGES_PER_BLOCK):
+            self._page_sums[page] = zlib.crc32(content[start : start + PAGE_BYTES])
         self._is_checked[block] = 1
 
-    def _pread(self, num_pages: int, first_page: int) -> bytes:
+    def read_pages(self, first_page: int, into: memoryview) -> None:
+        """Read pages of one checked block and compare them with what they were in it.
+
+        Args:
+            first_page: counted from the beginning of the file.
+            into: bytes [pages x 32 KiB]; what it holds after an error must not be used.
+
+        Raises:
+            CorruptError: naming the file and the bytes.
+        """
+        block = first_page // PAGES_PER_BLOCK
+        assert self._page_sums is not None, "no block has been checked"
+        assert self._is_checked[block], "its pages cannot be compared with anything"
+        # Of a file that ends early there are pages without a byte: they too are compared.
+        content = into[: self._read(first_page * PAGE_BYTES, into)]
+        for page, start in enumerate(range(0, len(into), PAGE_BYTES), first_page):
+            if zlib.crc32(content[start : start + PAGE_BYTES]) != self._page_sums[page]:
+                raise CorruptError(
+                    f"{self._path}: bytes from {page * PAGE_BYTES} (block {block}) are not what "
+                    f"they were when they were first read. {CURE}"
+                )
+
+    def _read(self, offset: int, into: memoryview) -> int:
         try:
-            return self._files.pread(self._path, num_pages * PAGE_BYTES, first_page * PAGE_BYTES)
+            return self._files.read_into(self._path, offset, into)
         except OSError as error:
-            raise CorruptError(
-                f"{self._path}: cannot be read ({error.strerror}). {CURE}"
-            ) from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> CorruptError:
+        return CorruptError(f"{self._path}: cannot be read ({error.strerror}). {CURE}")
 
 
 def _close_all(descriptors: OrderedDict[str, int]) -> None:

@@ -9,13 +9,14 @@ A dataset folder (README.md beside this file is its normative description):
 
 For documents of 3, 2 and 3 tokens doc_ends is [3, 5, 8]; document 1 is tokens[3:5].
 
-    ShardWriter   streams documents into two `.partial` files, hashes and renames them
-    ShardReader   one shard; a 4 MiB block is hashed when it is first touched, and never trusted
+    ShardWriter   streams documents into two files (`data_prep.shard_writer`)
+    ShardReader   one shard; a 4 MiB block is hashed when it is first touched
     Dataset       all shards of a folder as one token stream a split; what training reads
 
 Opening looks at names, sizes and headers only, so that a terabyte opens at once; the hash of a
 block is compared before its first token is handed out, and what is read again is compared again
-(`data_prep.checked_file`), so that no unchecked byte is used.
+(`data_prep.checked_file`), so that no unchecked byte is used. What was compared stays in memory for
+a while (`data_prep.block_cache`), and that copy is what is handed out.
 """
 
 import hashlib
@@ -23,12 +24,11 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.block_cache import CACHE_BYTES, BlockCache
 from data_prep.checked_file import CheckedFile, OpenFiles
 from data_prep.errors import CorruptError, UserError
 from data_prep.manifest import (
@@ -38,109 +38,14 @@ from data_prep.manifest import (
     Manifest,
     ShardInfo,
     Split,
-    sync_folder,
 )
-from data_prep.npy_files import CURE, HEADER_BYTES, NpyStream, check_npy, check_size, read_whole
+from data_prep.npy_files import CURE, HEADER_BYTES, check_npy, check_size, read_whole
+from data_prep.shard_writer import DOC_END_DTYPE, TOKEN_DTYPE, ShardWriter
 
 __all__ = ["Dataset", "Manifest", "ShardInfo", "ShardReader", "ShardWriter", "Split"]
 
-TOKEN_DTYPE = np.dtype("<u4")
-DOC_END_DTYPE = np.dtype("<i8")
-
-
-class ShardWriter:
-    """Writes one shard, document by document, in memory that does not grow with it.
-
-    Use as a context manager: leaving it without `finish` removes what was written.
-
-    Args:
-        folder: where the two files go.
-        name: name of the shard, `shard-00000`.
-        source: source of all its documents.
-        split: split of all its documents.
-    """
-
-    def __init__(self, folder: Path, name: str, source: str, split: Split) -> None:
-        self._folder = folder
-        self._name = name
-        self._source = source
-        self._split: Split = split
-        self._tokens = NpyStream(folder / f"{name}.tokens.npy", TOKEN_DTYPE)
-        self._doc_ends = NpyStream(folder / f"{name}.doc_ends.npy", DOC_END_DTYPE)
-        self._document_start = 0
-        self._text_bytes = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens written so far."""
-        return self._tokens.count
-
-    @property
-    def document_tokens(self) -> int:
-        """Tokens written since the last document ended."""
-        return self._tokens.count - self._document_start
-
-    def write(self, ids: NDArray[np.integer] | list[int]) -> None:
-        """Append tokens to the current document.
-
-        Args:
-            ids: token ids, each in [0, 2^32).
-        """
-        self._tokens.append(ids)
-
-    def end_document(self, text_bytes: int) -> None:
-        """Close the current document, which must hold at least one token.
-
-        Args:
-            text_bytes: UTF-8 bytes of its cleaned text.
-        """
-        assert self.document_tokens > 0, "a document without tokens has no place in a shard"
-        self.end_documents(np.array([self._tokens.count], DOC_END_DTYPE), text_bytes)
-
-    def end_documents(self, ends: NDArray[np.int64], text_bytes: int) -> None:
-        """Close documents that were written together.
-
-        Args:
-            ends: where each ends, in tokens of this shard, increasing; the last one here.
-            text_bytes: UTF-8 bytes of their cleaned text.
-        """
-        self._doc_ends.append(ends)
-        self._document_start = int(ends[-1])
-        self._text_bytes += text_bytes
-
-    def finish(self) -> ShardInfo:
-        """Put both files on disk under their final names.
-
-        Returns:
-            The shard as the manifest describes it.
-        """
-        assert self.document_tokens == 0, "the last document was not ended"
-        tokens_sha256, block_sha256s = self._tokens.finish()
-        doc_ends_sha256, _ = self._doc_ends.finish()
-        sync_folder(self._folder)
-        return ShardInfo(
-            name=self._name,
-            source=self._source,
-            split=self._split,
-            num_tokens=self._tokens.count,
-            num_documents=self._doc_ends.count,
-            text_bytes=self._text_bytes,
-            tokens_sha256=tokens_sha256,
-            doc_ends_sha256=doc_ends_sha256,
-            block_sha256s=block_sha256s,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._tokens.abort()
-        self._doc_ends.abort()
+_HEADER_TOKENS = HEADER_BYTES // TOKEN_DTYPE.itemsize
+_LONE_CACHE_BYTES = BLOCK_BYTES  # of a shard that is read by itself, front to back
 
 
 class ShardReader:
@@ -149,14 +54,22 @@ class ShardReader:
     Args:
         folder: the dataset folder.
         info: the shard's entry in the manifest.
-        files: where open files are kept; shared by the shards of a dataset.
+        cache: keeps its tokens among those of its dataset; without one it keeps a few itself.
+        file: index of its token file in the cache.
     """
 
-    def __init__(self, folder: Path, info: ShardInfo, files: OpenFiles | None = None) -> None:
+    def __init__(
+        self, folder: Path, info: ShardInfo, cache: BlockCache | None = None, file: int = 0
+    ) -> None:
         self.info = info
         self._tokens_path = folder / info.tokens_file
         self._doc_ends_path = folder / info.doc_ends_file
-        self._tokens = CheckedFile(self._tokens_path, info.block_sha256s, files or OpenFiles())
+        if cache is None:
+            tokens = CheckedFile(self._tokens_path, info.block_sha256s, OpenFiles())
+            cache = BlockCache([tokens], _LONE_CACHE_BYTES)
+        self._cache = cache
+        self.first_position = cache.first_position(file) + _HEADER_TOKENS
+        """Position of its first token in the cache."""
         self._doc_ends_checked = False
 
     def check_layout(self) -> None:
@@ -193,13 +106,21 @@ class ShardReader:
             )
         if start == end:
             return np.empty(0, np.uint32)
+        self.check_doc_ends()
+        return self._cache.read(self.first_position + start, self.first_position + end)
+
+    def check_doc_ends(self) -> None:
+        """Hash the document ends, once.
+
+        Training may never ask for them, but a damaged shard must not pass for a good one; they are
+        less than a hundredth of its bytes.
+
+        Raises:
+            CorruptError: naming their file.
+        """
         if not self._doc_ends_checked:
-            # Training may never ask for the ends, but a damaged shard must not pass for a good
-            # one; they are less than a hundredth of its bytes.
             self.doc_ends()
             self._doc_ends_checked = True
-        content = self._tokens.read(HEADER_BYTES + start * 4, HEADER_BYTES + end * 4)
-        return np.frombuffer(content, TOKEN_DTYPE).copy()
 
     def doc_ends(self) -> NDArray[np.int64]:
         """All document ends, after the whole file was hashed.
@@ -225,14 +146,21 @@ class Dataset:
         folder: the dataset folder.
         manifest: its manifest.
         fingerprint: sha256 of manifest.json.
+        cache_bytes: memory for checked tokens.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, fingerprint: str) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, fingerprint: str, cache_bytes: int = CACHE_BYTES
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.fingerprint = fingerprint
-        files = OpenFiles()
-        readers = [ShardReader(folder, info, files) for info in manifest.shards]
+        files, shards = OpenFiles(), manifest.shards
+        self._cache = BlockCache(
+            [CheckedFile(folder / s.tokens_file, s.block_sha256s, files) for s in shards],
+            cache_bytes,
+        )
+        readers = [ShardReader(folder, s, self._cache, n) for n, s in enumerate(shards)]
         self._readers = {s: [r for r in readers if r.info.split == s] for s in SPLITS}
         self._token_ends = {s: _ends(r.info.num_tokens for r in self._readers[s]) for s in SPLITS}
         self._document_ends = {
@@ -240,11 +168,12 @@ class Dataset:
         }
 
     @classmethod
-    def open(cls, folder: Path | str) -> "Dataset":
+    def open(cls, folder: Path | str, cache_bytes: int = CACHE_BYTES) -> "Dataset":
         """Open a dataset: manifest and tokenizer are hashed, every other file is looked at.
 
         Args:
             folder: the dataset folder.
+            cache_bytes: memory for checked tokens; taken when they are read.
 
         Returns:
             The dataset; its tokens are hashed block by block as they are read.
@@ -256,7 +185,7 @@ class Dataset:
         """
         folder = Path(folder)
         manifest, fingerprint = Manifest.load(folder)
-        dataset = cls(folder, manifest, fingerprint)
+        dataset = cls(folder, manifest, fingerprint, cache_bytes)
         for info in manifest.files:
             path = folder / info.name
             check_size(path, info.num_bytes)
@@ -309,6 +238,38 @@ class Dataset:
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
+
+    def read_rows(
+        self, split: Split, starts_B: NDArray[np.int64], out_BN: NDArray[np.uint32]
+    ) -> None:
+        """Read many runs of equal length at once.
+
+        Args:
+            split: `train` or `heldout`.
+            starts_B: int64 [B], the first token of each run in the split's stream.
+            out_BN: uint32 [B, N], filled with the N tokens from each start.
+
+        Raises:
+            CorruptError: a touched block is not what was written; the message names the file.
+        """
+        if not len(starts_B):
+            return
+        ends, readers = np.array(self._token_ends[split]), self._readers[split]
+        count = out_BN.shape[1]
+        if starts_B.min() < 0 or starts_B.max() + count > ends[-1]:
+            raise IndexError(f"rows that leave the {ends[-1]} tokens of split {split}")
+        shard_B = np.searchsorted(ends, starts_B, side="right") - 1
+        for shard in np.flatnonzero(np.bincount(shard_B)).tolist():
+            readers[shard].check_doc_ends()
+        first_positions = np.array([reader.first_position for reader in readers])
+        positions_B = starts_B - ends[shard_B] + first_positions[shard_B]
+        in_one_B = BlockCache.are_in_one_extent(positions_B, count)
+        in_one_B &= starts_B + count <= ends[shard_B + 1]
+        rows = np.flatnonzero(in_one_B)
+        self._cache.gather(positions_B[rows], rows, out_BN)
+        for row in np.flatnonzero(~in_one_B).tolist():
+            start = int(starts_B[row])
+            out_BN[row] = self.read(split, start, start + count)
 
     def document(self, split: Split, index: int) -> tuple[NDArray[np.uint32], ShardInfo]:
         """One document of a split.

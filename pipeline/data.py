@@ -1,14 +1,14 @@
 """From a split's token stream to batches: every batch is a function of the step.
 
-    1. A sequence is [CLS] + (L - 2) tokens + [SEP], cut from the concatenated documents of the
-       split without regard to their ends (the published packing). The last is short and padded.
+    1. `pipeline.sequences` cuts the stream into sequences and reads them.
     2. `pipeline.sample_order` permutes the sequences of every epoch; each sequence length has an
        order of its own.
     3. `pipeline.phases` says which positions of which order a step takes, and
        `TrainBatches.at_step` cuts them into micro batches by rank; another world size cuts the same
        samples. Without phases, step s takes [s * batch, (s + 1) * batch). Positions in the skip
        list, which roll-backs add to, are passed over.
-    4. `pipeline.prefetch` asks for the next steps in a thread.
+    4. `pipeline.prefetch` asks for the next steps in a thread, and puts them where a GPU can fetch
+       them.
 
 Nothing is remembered between steps: resuming is asking for another step.
 """
@@ -17,14 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from data_prep.errors import CorruptError
-from data_prep.manifest import Split
-from data_prep.shards import Dataset
 from pipeline.config import RunConfig
-from pipeline.counter_rng import sample_words
 from pipeline.ds_config import BatchPlan
 from pipeline.phases import TrainSchedule, train_schedule
 from pipeline.sample_order import (
@@ -34,124 +28,19 @@ from pipeline.sample_order import (
     SkipList,
     SkippedWindow,
 )
+from pipeline.sequences import CLS_ID, PAD_ID, SEP_ID, UNK_ID, SequenceBatch, SequenceStream
 
-PAD_ID, CLS_ID, SEP_ID, UNK_ID = 0, 1, 2, 3
-
-
-@dataclass(frozen=True)
-class SequenceBatch:
-    """A micro batch on the host or on a device."""
-
-    input_ids_BL: torch.Tensor
-    """int64 [B, L], padded with 0."""
-    lengths_B: torch.Tensor
-    """int64 [B]: tokens of each sequence, [CLS] and [SEP] included."""
-    sample_words_B2: torch.Tensor
-    """int64 [B, 2]: (epoch, sample) as counter words."""
-    is_full: bool
-    """No sequence is padded, so that attention needs no mask."""
-
-    def attention_mask(self) -> torch.Tensor | None:
-        """Mark the real tokens.
-
-        Returns:
-            bool [B, L], or None where every token is real.
-        """
-        if self.is_full:
-            return None
-        positions_L = torch.arange(self.input_ids_BL.shape[1], device=self.lengths_B.device)
-        return positions_L[None, :] < self.lengths_B[:, None]
-
-    def to(self, device: torch.device) -> "SequenceBatch":
-        """Copy to a device without waiting for the copy.
-
-        Args:
-            device: Where to.
-
-        Returns:
-            The batch there.
-        """
-        if device.type == "cpu":
-            return self
-        tensors = (self.input_ids_BL, self.lengths_B, self.sample_words_B2)
-        moved = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-        return SequenceBatch(moved[0], moved[1], moved[2], self.is_full)
-
-
-class SequenceStream:
-    """The sequences of one split of a dataset."""
-
-    def __init__(self, dataset: Dataset, split: Split, sequence_length: int) -> None:
-        """Look at a split without reading it.
-
-        Args:
-            dataset: An open dataset.
-            split: "train" or "heldout".
-            sequence_length: L, with [CLS] and [SEP].
-        """
-        self._dataset = dataset
-        self._split: Split = split
-        self._content = sequence_length - 2
-        self.sequence_length = sequence_length
-        self.num_tokens = dataset.split_tokens(split)
-        self.num_sequences = -(-self.num_tokens // self._content)
-
-    def batch(self, samples: Int64Array, epochs: Int64Array) -> SequenceBatch:
-        """Read sequences.
-
-        Args:
-            samples: int64 [B], indices of sequences.
-            epochs: int64 [B], the epoch each is read in.
-
-        Returns:
-            The batch, on the host.
-
-        Raises:
-            CorruptError: A block of a shard, hashed at its first use, is not what was written; the
-                message names the sample and its tokens.
-        """
-        ids_BL = np.full((len(samples), self.sequence_length), PAD_ID, np.int64)
-        lengths_B = np.empty(len(samples), np.int64)
-        for row, sample in enumerate(samples.tolist()):
-            tokens = self._tokens(sample)
-            ids_BL[row, 0] = CLS_ID
-            ids_BL[row, 1 : 1 + len(tokens)] = tokens
-            ids_BL[row, 1 + len(tokens)] = SEP_ID
-            lengths_B[row] = len(tokens) + 2
-        words = [sample_words(e, s) for e, s in zip(epochs.tolist(), samples.tolist(), strict=True)]
-        return SequenceBatch(
-            torch.from_numpy(ids_BL),
-            torch.from_numpy(lengths_B),
-            torch.tensor(words, dtype=torch.int64),
-            is_full=bool((lengths_B == self.sequence_length).all()),
-        )
-
-    def token_range(self, sample: int) -> tuple[int, int]:
-        """Give the tokens of a sequence, counted over the split.
-
-        Args:
-            sample: Index of the sequence.
-
-        Returns:
-            (first token, token before which it ends), without [CLS] and [SEP].
-        """
-        start = sample * self._content
-        return start, min(start + self._content, self.num_tokens)
-
-    def _tokens(self, sample: int) -> npt.NDArray[np.uint32]:
-        """Read one sequence's tokens; an error says whose they are."""
-        start, end = self.token_range(sample)
-        try:
-            return self._dataset.read(self._split, start, end)
-        except CorruptError as error:
-            raise CorruptError(f"{error} ({self._whose(sample)})") from error
-        except Exception as error:
-            error.add_note(f"while reading {self._whose(sample)}")
-            raise
-
-    def _whose(self, sample: int) -> str:
-        start, end = self.token_range(sample)
-        return f"{self._split} sample {sample}, tokens {start:,} to {end - 1:,} of the split"
+__all__ = [
+    "CLS_ID",
+    "PAD_ID",
+    "SEP_ID",
+    "UNK_ID",
+    "SequenceBatch",
+    "SequenceStream",
+    "TrainBatches",
+    "heldout_batches",
+    "train_batches",
+]
 
 
 @dataclass(frozen=True)
@@ -229,13 +118,7 @@ class TrainBatches:
         """
         epochs, samples = self.samples_at(step, self.rank)
         stream = self.streams[self.schedule.phase_at(step).sequence_length]
-        micro_steps = len(samples) // self.micro_batch_size
-        return [
-            stream.batch(of_micro_step, in_epochs)
-            for of_micro_step, in_epochs in zip(
-                np.split(samples, micro_steps), np.split(epochs, micro_steps), strict=True
-            )
-        ]
+        return stream.micro_batches(samples, epochs, self.micro_batch_size)
 
     def samples_at(self, step: int, rank: int) -> tuple[Int64Array, Int64Array]:
         """Name the samples that a rank trains on in one optimizer step, without reading them.

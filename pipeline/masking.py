@@ -7,7 +7,8 @@ Two laws choose among the maskable tokens, all but the special ones:
               int(1 / mask_prob), left to right, until the count above is reached; the tail that is
               left over is never masked
 
-`pipeline.masking_words` has both laws for whole words and n-grams of words. A chosen token becomes
+`pipeline.masking_words` has both laws for whole words and n-grams of words, `pipeline.masking_host`
+a cheaper form of those for single tokens where the batch is on the host. A chosen token becomes
 [MASK], a random token, or stays (BERT, arXiv:1810.04805, section 3.1); in replaced token detection
 all become [MASK].
 
@@ -17,9 +18,11 @@ Letters: B sequences, L sequence length, K masked slots per sequence, V vocabula
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from data_prep.tokenizer import CONTROL_PIECES, Tokenizer
+from pipeline import masking_host
 from pipeline.config import ObjectiveSection
 from pipeline.counter_rng import Key, position_words, stream_key
 from pipeline.masking_words import MAX_WORD_PIECES, choose_words
@@ -62,13 +65,8 @@ class MaskingVocabulary:
         return cls(tokenizer.mask_id, torch.tensor(tokenizer.is_word_start))
 
     @property
-    def special_ids(self) -> tuple[int, ...]:
-        """Ids that are never masked: [PAD], [CLS], [SEP], [UNK] and [MASK]."""
-        return (*range(len(CONTROL_PIECES)), self.mask_id)
-
-    @property
     def text_ids(self) -> range:
-        """Ids of the pieces that text is made of."""
+        """Ids of the pieces that text is made of; those below are special, as [MASK] is."""
         return range(len(CONTROL_PIECES), self.mask_id)
 
     def to(self, device: torch.device) -> "MaskingVocabulary":
@@ -157,14 +155,29 @@ def choose_masks(
     Raises:
         ValueError: Whole words are to be masked, but the vocabulary does not know where they begin.
     """
+    on_host = input_ids_BL.device.type == "cpu" and not objective.whole_word_masking
+    choose = choose_on_host if on_host else choose_on_device
+    return choose(input_ids_BL, lengths_B, sample_words_B2, objective, keys, vocabulary)
+
+
+def choose_on_device(
+    input_ids_BL: torch.Tensor,
+    lengths_B: torch.Tensor,
+    sample_words_B2: torch.Tensor,
+    objective: ObjectiveSection,
+    keys: MaskKeys,
+    vocabulary: MaskingVocabulary,
+) -> MaskedBatch:
+    """Choose with shapes that do not depend on the data, without reading anything back.
+
+    Arguments, result and errors are those of `choose_masks`.
+    """
     length = input_ids_BL.shape[1]
     num_slots = num_masked_slots(length, objective)
     maskable_BL = torch.arange(length, device=input_ids_BL.device)[None, :] < lengths_B[:, None]
-    for special in vocabulary.special_ids:
-        maskable_BL = maskable_BL & (input_ids_BL != special)
-    quota_B = (lengths_B.double() * objective.mask_prob).round().long()
-    quota_B = quota_B.clamp(min=1, max=_quota(length, objective))
-    place_words_BL = position_words(length, sample_words_B2, keys.place)
+    maskable_BL = maskable_BL & (input_ids_BL >= vocabulary.text_ids.start)
+    maskable_BL = maskable_BL & (input_ids_BL != vocabulary.mask_id)
+    quota_B = _quotas(lengths_B, length, objective)
     window = int(1 / objective.mask_prob)
     if objective.whole_word_masking:
         if vocabulary.is_word_start_V is None:
@@ -173,7 +186,7 @@ def choose_masks(
             maskable_BL,
             vocabulary.is_word_start_V[input_ids_BL],
             quota_B,
-            place_words_BL,
+            position_words(length, sample_words_B2, keys.place),
             position_words(length, sample_words_B2, keys.ngram),
             law=objective.masking_law,
             window=window,
@@ -181,11 +194,67 @@ def choose_masks(
         )
         chosen_BL = chosen_BL & (chosen_BL.long().cumsum(1) <= num_slots)
     elif objective.masking_law == "windowed":
-        chosen_BL = _windowed_ranks(maskable_BL, place_words_BL, window) < quota_B[:, None]
+        words_BW = position_words(-(-length // window), sample_words_B2, keys.place)
+        chosen_BL = _choose_windowed(maskable_BL, quota_B, words_BW, window)
     else:
-        chosen_BL = _uniform_ranks(maskable_BL, place_words_BL) < quota_B[:, None]
-    hidden_BL = _replacements(input_ids_BL, sample_words_B2, objective, keys, vocabulary)
-    return _gather_slots(input_ids_BL, chosen_BL, hidden_BL, num_slots)
+        words_BL = position_words(length, sample_words_B2, keys.place)
+        chosen_BL = _choose_uniform(maskable_BL, quota_B, words_BL)
+    if objective.mask_token_prob == 1.0:
+        masked_ids_BL = input_ids_BL.masked_fill(chosen_BL, vocabulary.mask_id)
+    else:
+        hidden_BL = _replacements(input_ids_BL, sample_words_B2, objective, keys, vocabulary)
+        masked_ids_BL = torch.where(chosen_BL, hidden_BL, input_ids_BL)
+    return _gather_slots(input_ids_BL, chosen_BL, masked_ids_BL, num_slots)
+
+
+def choose_on_host(
+    input_ids_BL: torch.Tensor,
+    lengths_B: torch.Tensor,
+    sample_words_B2: torch.Tensor,
+    objective: ObjectiveSection,
+    keys: MaskKeys,
+    vocabulary: MaskingVocabulary,
+) -> MaskedBatch:
+    """Choose the same single tokens with a look at the data.
+
+    Arguments and result are those of `choose_masks`; the tensors are on the host.
+    """
+    ids_BL, (batch, length) = input_ids_BL.numpy(), input_ids_BL.shape
+    words_B2 = sample_words_B2.numpy()
+    maskable_BL = (ids_BL >= vocabulary.text_ids.start) & (ids_BL != vocabulary.mask_id)
+    if (lengths_B == length).all():
+        quota_B = np.full(batch, _quota(length, objective))
+    else:
+        quota_B = _quotas(lengths_B, length, objective).numpy()
+        maskable_BL &= np.arange(length) < lengths_B.numpy()[:, None]
+    if objective.masking_law == "windowed":
+        window = int(1 / objective.mask_prob)
+        words_BW = masking_host.position_words(-(-length // window), words_B2, keys.place)
+        chosen = masking_host.choose_windowed(maskable_BL, quota_B, words_BW, window)
+    else:
+        words_BL = masking_host.position_words(length, words_B2, keys.place)
+        chosen = masking_host.choose_uniform(maskable_BL, quota_B, words_BL)
+    num_slots = num_masked_slots(length, objective)
+    positions_BK, valid_BK = masking_host.fill_slots(chosen, batch, length, num_slots)
+    masked_ids_BL, targets_BK = ids_BL.copy(), np.empty_like(positions_BK)
+    targets_BK[:], targets_BK[valid_BK] = ids_BL[:, :1], ids_BL.reshape(-1)[chosen]
+    if objective.mask_token_prob == 1.0:
+        masked_ids_BL.reshape(-1)[chosen] = vocabulary.mask_id
+    else:
+        hidden_BL = _replacements(input_ids_BL, sample_words_B2, objective, keys, vocabulary)
+        masked_ids_BL.reshape(-1)[chosen] = hidden_BL.numpy().reshape(-1)[chosen]
+    return MaskedBatch(
+        masked_ids_BL=torch.from_numpy(masked_ids_BL),
+        positions_BK=torch.from_numpy(positions_BK),
+        valid_BK=torch.from_numpy(valid_BK),
+        targets_BK=torch.from_numpy(targets_BK),
+    )
+
+
+def _quotas(lengths_B: torch.Tensor, length: int, objective: ObjectiveSection) -> torch.Tensor:
+    """Count the tokens to choose of each sequence."""
+    quota_B = (lengths_B.double() * objective.mask_prob).round().long()
+    return quota_B.clamp(min=1, max=_quota(length, objective))
 
 
 def _quota(length: int, objective: ObjectiveSection) -> int:
@@ -193,26 +262,28 @@ def _quota(length: int, objective: ObjectiveSection) -> int:
     return max(1, round(objective.mask_prob * length))
 
 
-def _uniform_ranks(maskable_BL: torch.Tensor, words_BL: torch.Tensor) -> torch.Tensor:
-    """Rank the maskable positions in random order; the others rank last."""
+def _choose_uniform(
+    maskable_BL: torch.Tensor, quota_B: torch.Tensor, words_BL: torch.Tensor
+) -> torch.Tensor:
+    """Mark the maskable positions with the smallest words."""
     position_L = torch.arange(words_BL.shape[1], device=words_BL.device)
     # The position in the low bits breaks ties, so that the order is the same on every device.
     ticket_BL = torch.where(maskable_BL, (words_BL << 20) | position_L, _NEVER | position_L)
-    ranks_BL = ticket_BL.argsort(dim=1).argsort(dim=1)
-    return torch.where(maskable_BL, ranks_BL, _NEVER)
+    last_B1 = ticket_BL.sort(dim=1).values.gather(1, quota_B[:, None] - 1)
+    return maskable_BL & (ticket_BL <= last_B1)
 
 
-def _windowed_ranks(maskable_BL: torch.Tensor, words_BL: torch.Tensor, window: int) -> torch.Tensor:
-    """Rank one maskable position a window by the window's place; the others rank last."""
+def _choose_windowed(
+    maskable_BL: torch.Tensor, quota_B: torch.Tensor, words_BW: torch.Tensor, window: int
+) -> torch.Tensor:
+    """Mark one maskable position a window by the window's word, up to the quota."""
     ordinal_BL = maskable_BL.long().cumsum(1) - 1
     window_BL = ordinal_BL.clamp(min=0) // window
     count_B1 = maskable_BL.long().sum(1, keepdim=True)
-    # The winner of a window is fixed by the word of the window's first slot, not by its members.
     size_BL = (count_B1 - window_BL * window).clamp(max=window)
-    word_BL = words_BL.gather(1, window_BL)
-    winner_BL = (word_BL * size_BL) >> 32
+    winner_BL = (words_BW.gather(1, window_BL) * size_BL) >> 32
     wins_BL = maskable_BL & (ordinal_BL - window_BL * window == winner_BL)
-    return torch.where(wins_BL, window_BL, _NEVER)
+    return wins_BL & (window_BL < quota_B[:, None])
 
 
 def _replacements(
@@ -227,9 +298,6 @@ def _replacements(
     Random tokens are the pieces that text is made of, each alike. The release draws from those and
     the special ones, BERT too; they are 5 of 128,001 there.
     """
-    masks_BL = torch.full_like(input_ids_BL, vocabulary.mask_id)
-    if objective.mask_token_prob == 1.0:
-        return masks_BL
     length, text_ids = input_ids_BL.shape[1], vocabulary.text_ids
     fate_BL = position_words(length, sample_words_B2, keys.replacement)
     last_mask = round(objective.mask_token_prob * 2**32)
@@ -237,11 +305,14 @@ def _replacements(
     token_words_BL = position_words(length, sample_words_B2, keys.random_token)
     random_BL = text_ids.start + ((token_words_BL * len(text_ids)) >> 32)
     others_BL = torch.where(fate_BL < last_random, random_BL, input_ids_BL)
-    return torch.where(fate_BL < last_mask, masks_BL, others_BL)
+    return others_BL.masked_fill(fate_BL < last_mask, vocabulary.mask_id)
 
 
 def _gather_slots(
-    input_ids_BL: torch.Tensor, chosen_BL: torch.Tensor, hidden_BL: torch.Tensor, num_slots: int
+    input_ids_BL: torch.Tensor,
+    chosen_BL: torch.Tensor,
+    masked_ids_BL: torch.Tensor,
+    num_slots: int,
 ) -> MaskedBatch:
     """List the chosen positions in ascending order in a fixed number of slots."""
     length = input_ids_BL.shape[1]
@@ -251,7 +322,7 @@ def _gather_slots(
     valid_BK = listed_BK < length
     positions_BK = torch.where(valid_BK, listed_BK, 0)
     return MaskedBatch(
-        masked_ids_BL=torch.where(chosen_BL, hidden_BL, input_ids_BL),
+        masked_ids_BL=masked_ids_BL,
         positions_BK=positions_BK,
         valid_BK=valid_BK,
         targets_BK=input_ids_BL.gather(1, positions_BK),

@@ -1,5 +1,8 @@
 """Reading ahead: the next steps' batches, while the device computes.
 
+The thread does all that the host must do for a batch: order, reading, checking, and for a GPU the
+copy to pinned memory, from which the training thread only starts transfers.
+
 Whatever ends the reading thread reaches the training thread in the step that it belongs to, with
 the step and its samples named; nobody waits for a thread that is gone.
 """
@@ -7,18 +10,28 @@ the step and its samples named; nobody waits for a thread that is gone.
 import queue
 import threading
 
+import torch
+
 from data_prep.errors import CorruptError, UserError
 from pipeline import faults
 from pipeline.data import SequenceBatch, TrainBatches
 
 _LOOK_SECONDS = 0.5
 _NAMED_SAMPLES = 8
+_CPU = torch.device("cpu")
 
 
 class Prefetcher:
     """Reads the batches of the next steps in a thread while the device computes."""
 
-    def __init__(self, batches: TrainBatches, first_step: int, last_step: int, depth: int = 4):
+    def __init__(
+        self,
+        batches: TrainBatches,
+        first_step: int,
+        last_step: int,
+        depth: int = 4,
+        device: torch.device = _CPU,
+    ):
         """Start reading.
 
         Args:
@@ -26,7 +39,9 @@ class Prefetcher:
             first_step: First step to read.
             last_step: Step before which to stop.
             depth: Steps to read ahead.
+            device: Where the batches will be moved to.
         """
+        self._device = device
         self._queue: queue.Queue[list[SequenceBatch]] = queue.Queue(depth)
         self._closed = threading.Event()
         self._error: BaseException | None = None
@@ -40,9 +55,15 @@ class Prefetcher:
         """Read; an attribute and not the queue takes an error, so that it always gets through."""
         step = first_step
         try:
+            if self._device.type == "cuda":
+                # A new thread begins on device 0, where it would take memory of another rank.
+                torch.cuda.set_device(self._device)
             for step in range(first_step, last_step):
                 faults.reach("data.read", step)
-                self._put(batches.at_step(step))
+                micro_batches = batches.at_step(step)
+                if self._device.type == "cuda":
+                    micro_batches = [batch.pinned() for batch in micro_batches]
+                self._put(micro_batches)
                 if self._closed.is_set():
                     return
         except BaseException as error:  # carried to the training thread, which raises it

@@ -9,6 +9,7 @@ reads runs. Example with 10 sequences, blocks of 2 and windows of 2 blocks: bloc
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from pipeline.counter_rng import WORD, philox4x32, stream_key
 
 Int64Array = npt.NDArray[np.int64]
 _FEISTEL_ROUNDS = 6
+_TABLE_BITS = 10  # of half an index: tables of 49 kB serve a million blocks, and any window
 
 
 def permute(index: Int64Array, size: int, key: tuple[int, int]) -> Int64Array:
@@ -35,20 +37,33 @@ def permute(index: Int64Array, size: int, key: tuple[int, int]) -> Int64Array:
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1
+    tables = _round_tables(half_bits, key) if half_bits <= _TABLE_BITS else None
 
     def scramble(values: Int64Array) -> Int64Array:
         left, right = values >> half_bits, values & mask
         for number in range(_FEISTEL_ROUNDS):
-            word = philox4x32((right & WORD, right >> 32, number, 0), key)[0]
+            word = tables[number][right] if tables is not None else _round(right, number, key)
             left, right = right, left ^ (word & mask)
         return (left << half_bits) | right
 
     result = scramble(index)
-    outside = result >= size
-    while outside.any():
-        result[outside] = scramble(result[outside])
-        outside = result >= size
+    outside = np.flatnonzero(result >= size)
+    while len(outside):
+        result[outside] = again = scramble(result[outside])
+        outside = outside[again >= size]
     return result
+
+
+def _round(half: Int64Array, number: int, key: tuple[int, int]) -> Int64Array:
+    """The round function of the network: one word for every half of an index."""
+    return philox4x32((half & WORD, half >> 32, number, 0), key)[0]
+
+
+@lru_cache(maxsize=32)
+def _round_tables(half_bits: int, key: tuple[int, int]) -> list[Int64Array]:
+    """All values of the round functions; a window asks for each of them many times."""
+    halves = np.arange(1 << half_bits, dtype=np.int64)
+    return [_round(halves, number, key) for number in range(_FEISTEL_ROUNDS)]
 
 
 @dataclass(frozen=True)
@@ -73,9 +88,10 @@ class SampleOrder:
         epochs, within = np.divmod(positions, self.num_samples)
         samples = np.empty_like(positions)
         windows = np.minimum(within // self._window_sequences, self._num_windows - 1)
-        for epoch, window in np.unique(np.stack([epochs, windows], 1), axis=0).tolist():
-            here = (epochs == epoch) & (windows == window)
-            samples[here] = self._in_window(within[here], epoch, window)
+        parts = epochs * self._num_windows + windows
+        for part in np.unique(parts).tolist():
+            here = np.flatnonzero(parts == part)
+            samples[here] = self._in_window(within[here], *divmod(part, self._num_windows))
         return epochs, samples
 
     @property

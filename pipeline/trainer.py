@@ -123,7 +123,8 @@ class Trainer:
 
     def _read_ahead(self) -> Prefetcher:
         """Begin to read the data of the next steps."""
-        return Prefetcher(self._batches, self.state.step, self.config.schedule.max_steps)
+        last_step = self.config.schedule.max_steps
+        return Prefetcher(self._batches, self.state.step, last_step, device=self._world.device)
 
     def _wait_for_data(self) -> list[SequenceBatch]:
         """Take the micro batches of the step that comes next."""

@@ -7,6 +7,8 @@ import json
 import signal
 from pathlib import Path
 
+import numpy as np
+
 from data_prep.errors import CorruptError
 from pipeline.checkpoint import CheckpointStore
 from pipeline.commit import Commit, list_commits
@@ -52,6 +54,11 @@ class Stream:
             raise CorruptError("shard-00000.tokens.npy: block 0")
         self.steps_read += 1
         return sequence_batch(samples.tolist())
+
+    def micro_batches(self, samples, epochs, size):
+        parts = len(samples) // size
+        pairs = zip(np.split(samples, parts), np.split(epochs, parts), strict=True)
+        return [self.batch(*each) for each in pairs]
 
     def token_range(self, sample):
         return sample * LENGTH, (sample + 1) * LENGTH

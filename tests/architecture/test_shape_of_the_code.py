@@ -17,16 +17,17 @@ MAX_FUNCTION_LINES = 80
 LAYERS = {
     1: "config config_schedule rate_table config_networks config_files config_keys "
     "config_loading ds_checks ds_config ds_schema findings flops phases resume_rules schedule "
-    "terminal",
-    2: "modeling counter_rng masking masking_words rtd data sample_order",
+    "terminal plan",
+    2: "modeling counter_rng masking masking_words rtd data sample_order sequences masking_host",
     3: "optimizer metrics metrics_writer runtime run_folder throughput prefetch progress faults "
-    "watchdog hang_report rendezvous run_lock stragglers stop_signal skip_list spikes",
+    "watchdog hang_report rendezvous run_lock stragglers stop_signal skip_list spikes profiling "
+    "memory_snapshot compilation",
     4: "engine rank_files engine_state engine_reload engine_stepping replicas",
     5: "trainer checkpoint commit step objective_keys assemble banner export export_reload "
     "export_verify hf_layout model_card evaluate compare run_data weights guard initialize "
     "session run_services training_step train_state recovery commit_writer commit_upkeep "
     "commit_conversion resume divergence extend",
-    6: "cli commands_extend commands_checkpoint commands_export commands_evaluate "
+    6: "cli commands_plan commands_extend commands_checkpoint commands_export commands_evaluate "
     "commands_compare train dry_run demo",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

@@ -8,15 +8,14 @@ import random
 
 import psutil
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_prep import checked_file
-from data_prep.checked_file import PAGE_BYTES, CheckedFile, OpenFiles
+from data_prep.checked_file import PAGE_BYTES, PAGES_PER_BLOCK, CheckedFile, OpenFiles
 from data_prep.errors import CorruptError
 from data_prep.manifest import BLOCK_BYTES
 
 NUM_BYTES = 2 * BLOCK_BYTES + 3 * PAGE_BYTES + 100
+NUM_PAGES = 2 * PAGES_PER_BLOCK + 4
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +24,8 @@ def content():
 
 
 @pytest.fixture(scope="module")
-def original(content, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checked") / "tokens"
-    path.write_bytes(content)
-    return path
+def hashes(content):
+    return block_hashes(content)
 
 
 @pytest.fixture
@@ -43,98 +40,141 @@ def block_hashes(content):
     return [hashlib.sha256(content[n : n + BLOCK_BYTES]).hexdigest() for n in starts]
 
 
-@pytest.fixture(scope="module")
-def hashes(content):
-    return block_hashes(content)
-
-
 def flip(path, position):
+    """Change a bit as a disk does: nobody wrote, so the time of the last change stays."""
+    before = path.stat()
     with path.open("r+b") as file:
         file.seek(position)
         (byte,) = file.read(1)
         file.seek(position)
         file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-EDGES = [0, 1, PAGE_BYTES, BLOCK_BYTES, BLOCK_BYTES + PAGE_BYTES, 2 * BLOCK_BYTES, NUM_BYTES]
-OFFSETS = st.one_of(
-    st.integers(0, NUM_BYTES),
-    st.tuples(st.sampled_from(EDGES), st.integers(-2, 2)).map(sum),
-).map(lambda offset: min(max(offset, 0), NUM_BYTES))
+def read_block(file, block):
+    into = bytearray(BLOCK_BYTES)
+    file.read_block(block, memoryview(into))
+    return into
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(OFFSETS, OFFSETS), min_size=1, max_size=4))
-def test_a_read_is_a_slice(original, content, hashes, ranges):
-    file = CheckedFile(original, hashes, OpenFiles())
-    for start, end in map(sorted, ranges):
-        if start < end:
-            assert file.read(start, end) == content[start:end]
+def read_pages(file, first, end):
+    into = bytearray((end - first) * PAGE_BYTES)
+    file.read_pages(first, memoryview(into))
+    return into
 
 
-def test_what_changes_after_it_was_checked_is_found(path, content, hashes):
+@pytest.fixture
+def checked(path, hashes):
+    """A file of which every block was checked."""
+    file = CheckedFile(path, hashes, OpenFiles())
+    assert not file.has_changed()
+    for block in range(file.num_blocks):
+        assert not file.is_checked(block)
+        read_block(file, block)
+        assert file.is_checked(block)
+    return file
+
+
+def test_blocks_and_pages_are_slices(checked, content):
+    assert read_block(checked, 1) == content[BLOCK_BYTES : 2 * BLOCK_BYTES]
+    assert read_block(checked, 2)[: 3 * PAGE_BYTES + 100] == content[2 * BLOCK_BYTES :]
+    for first, end in [(0, 1), (5, 9), (126, 128), (128, 129), (130, 256)]:
+        expected = content[first * PAGE_BYTES : end * PAGE_BYTES]
+        assert read_pages(checked, first, end) == expected
+    last = read_pages(checked, NUM_PAGES - 2, NUM_PAGES)
+    assert last[: PAGE_BYTES + 100] == content[-PAGE_BYTES - 100 :]
+
+
+def test_every_flip_after_the_check_is_found(checked, path):
     """The hole of a memory map: a page that is dropped and fetched anew is another page."""
-    file = CheckedFile(path, hashes, OpenFiles())
-    assert file.read(0, NUM_BYTES) == content
-    flip(path, BLOCK_BYTES + PAGE_BYTES + 5)
-    for _ in range(2):
-        with pytest.raises(CorruptError) as caught:
-            file.read(BLOCK_BYTES + PAGE_BYTES, BLOCK_BYTES + PAGE_BYTES + 1)
-        assert f"{path}: bytes from {BLOCK_BYTES + PAGE_BYTES} (block 1) are not" in str(
-            caught.value
-        )
-    # Neighbours are untouched, and so is the page once the disk gives it back as it was.
-    assert file.read(0, BLOCK_BYTES + PAGE_BYTES) == content[: BLOCK_BYTES + PAGE_BYTES]
-    flip(path, BLOCK_BYTES + PAGE_BYTES + 5)
-    assert file.read(0, NUM_BYTES) == content
-
-
-def test_every_flip_after_the_check_is_found(path, hashes):
-    file = CheckedFile(path, hashes, OpenFiles())
-    file.read(0, NUM_BYTES)
     rng = random.Random(1)
     for position in [0, NUM_BYTES - 1, *(rng.randrange(NUM_BYTES) for _ in range(50))]:
         flip(path, position)
-        with pytest.raises(CorruptError, match="are not what they were when they were first read"):
-            file.read(position, position + 1)
+        assert not checked.has_changed()
+        page = position // PAGE_BYTES
+        with pytest.raises(CorruptError) as caught:
+            read_pages(checked, page, page + 1)
+        told = f"{path}: bytes from {page * PAGE_BYTES} (block {page // PAGES_PER_BLOCK}) are not"
+        assert told in str(caught.value)
         flip(path, position)
+        read_pages(checked, page, page + 1)
+
+
+def test_the_page_in_a_run_that_is_damaged_is_named(checked, path):
+    flip(path, 7 * PAGE_BYTES + 1)
+    with pytest.raises(CorruptError, match=rf"bytes from {7 * PAGE_BYTES} "):
+        read_pages(checked, 3, 12)
 
 
 def test_a_block_is_refused_before_it_is_used(path, hashes):
     flip(path, 2 * BLOCK_BYTES - 1)
     file = CheckedFile(path, hashes, OpenFiles())
-    file.read(0, BLOCK_BYTES)
+    read_block(file, 0)
     for _ in range(2):
         with pytest.raises(CorruptError, match=r"tokens: block 1 \(bytes from 4194304\) does not"):
-            file.read(BLOCK_BYTES, BLOCK_BYTES + 1)
+            read_block(file, 1)
+        assert not file.is_checked(1)
 
 
-@pytest.mark.parametrize("was_read", [False, True])
-def test_a_file_that_shrinks_is_an_error_and_no_signal(path, hashes, was_read):
-    """Reading a map behind the end of its file would kill the process (SIGBUS)."""
+def test_pages_of_an_unchecked_block_cannot_be_read(path, hashes):
     file = CheckedFile(path, hashes, OpenFiles())
-    if was_read:
-        file.read(0, NUM_BYTES)
-    os.truncate(path, 2 * BLOCK_BYTES + 50)
+    read_block(file, 0)
+    with pytest.raises(AssertionError):
+        read_pages(file, PAGES_PER_BLOCK, PAGES_PER_BLOCK + 1)
+
+
+def test_a_file_that_somebody_wrote_to_counts_as_never_checked(checked, path, content):
+    assert not checked.has_changed()
+    path.write_bytes(content)
+    os.utime(path, ns=(0, 1))
+    assert checked.has_changed()
+    assert not any(checked.is_checked(block) for block in range(checked.num_blocks))
+    assert not checked.has_changed()
+    read_block(checked, 0)
+    assert checked.is_checked(0)
+
+
+@pytest.mark.parametrize("length", [0, 2 * BLOCK_BYTES, 2 * BLOCK_BYTES + 50, NUM_BYTES - 1])
+def test_a_file_that_shrinks_is_an_error_and_no_signal(checked, path, length):
+    """Reading a map behind the end of its file would kill the process (SIGBUS)."""
+    os.truncate(path, length)
     with pytest.raises(CorruptError, match="block 2"):
-        file.read(NUM_BYTES - 10, NUM_BYTES)
+        read_pages(checked, NUM_PAGES - 1, NUM_PAGES)
+    with pytest.raises(CorruptError, match="block 2"):
+        read_block(checked, 2)
+    assert checked.has_changed()
 
 
 def test_a_file_that_is_gone(path, hashes):
     path.unlink()
-    with pytest.raises(CorruptError, match=r"tokens: cannot be read \(No such file or directory\)"):
-        CheckedFile(path, hashes, OpenFiles()).read(0, 1)
+    for read in (CheckedFile.has_changed, lambda file: read_block(file, 0)):
+        with pytest.raises(
+            CorruptError, match=r"tokens: cannot be read \(No such file or directory\)"
+        ):
+            read(CheckedFile(path, hashes, OpenFiles()))
 
 
-def test_a_disk_that_refuses_is_named(path, hashes, monkeypatch):
+def test_a_disk_that_refuses_is_named(checked, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    file = CheckedFile(path, hashes, OpenFiles())
-    file.read(0, 1)
-    monkeypatch.setattr(checked_file.os, "pread", refuse)
-    with pytest.raises(CorruptError, match=r"tokens: cannot be read \(Input/output error\)"):
-        file.read(0, 1)
+    monkeypatch.setattr(checked_file.os, "preadv", refuse)
+    for read in (lambda: read_block(checked, 0), lambda: read_pages(checked, 0, 1)):
+        with pytest.raises(CorruptError, match=r"tokens: cannot be read \(Input/output error\)"):
+            read()
+
+
+def test_a_read_that_the_system_cuts_short_goes_on(checked, content, monkeypatch):
+    really = os.preadv
+    calls = []
+
+    def short(descriptor, buffers, offset):
+        calls.append(offset)
+        return really(descriptor, [buffers[0][:1_000_000]], offset)
+
+    monkeypatch.setattr(checked_file.os, "preadv", short)
+    assert read_block(checked, 0) == content[:BLOCK_BYTES]
+    assert calls == [0, 1_000_000, 2_000_000, 3_000_000, 4_000_000]
 
 
 def test_few_files_stay_open(tmp_path):
@@ -149,28 +189,31 @@ def test_few_files_stay_open(tmp_path):
         (tmp_path / str(number)).write_bytes(content)
         checked.append(CheckedFile(tmp_path / str(number), block_hashes(content), files))
     for number in [*range(20), *range(20)]:
-        assert checked[number].read(0, 100) == bytes([number]) * 100
+        assert read_block(checked[number], 0)[:100] == bytes([number]) * 100
+        assert not checked[number].has_changed()
         assert len(open_here()) <= 3
     assert sorted(open_here()) == [str(tmp_path / name) for name in ("17", "18", "19")]
-    checked[17].read(0, 1)
-    checked[0].read(0, 1)  # takes the place of the one that was read longest ago
+    checked[17].has_changed()
+    read_block(checked[0], 0)  # takes the place of the one that was read longest ago
     assert sorted(open_here()) == [str(tmp_path / name) for name in ("0", "17", "19")]
     del files, checked
     gc.collect()
     assert not open_here()
 
 
-def test_a_file_that_another_replaced_is_refused_once_it_is_opened_again(tmp_path):
+def test_a_file_that_another_replaced_is_noticed_once_it_is_opened_again(tmp_path):
     files = OpenFiles(limit=1)
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(name.encode() * 10)
     first, second = (
         CheckedFile(tmp_path / name, block_hashes(name.encode() * 10), files) for name in "ab"
     )
-    first.read(0, 10)
+    assert not first.has_changed()
     (tmp_path / "new").write_bytes(b"c" * 10)
     (tmp_path / "new").replace(tmp_path / "a")
-    assert first.read(0, 10) == b"a" * 10  # what is open stays what it was
-    second.read(0, 10)
-    with pytest.raises(CorruptError, match="are not what they were when they were first read"):
-        first.read(0, 10)
+    assert not first.has_changed()  # what is open stays what it was
+    assert read_block(first, 0)[:10] == b"a" * 10
+    assert not second.has_changed()
+    assert first.has_changed()
+    with pytest.raises(CorruptError, match="block 0"):
+        read_block(first, 0)

@@ -207,13 +207,79 @@ def test_a_checked_block_is_not_hashed_again(tmp_path):
     assert dataset.read("train", 0, 3).tolist() == [1, 2, 3]
 
 
-def test_a_checked_block_that_changes_on_the_disk_is_not_used(tmp_path):
+def test_a_checked_block_that_somebody_writes_to_is_not_used(tmp_path):
     dataset = make_dataset(tmp_path, [("train", [np.arange(100_000)])])
     dataset.read("train", 0, 100_000)
-    flip(tmp_path / "shard-00000.tokens.npy", 128 + 4 * 70_000)
-    assert dataset.read("train", 0, 10).tolist() == list(range(10))
+    path = tmp_path / "shard-00000.tokens.npy"
+    flip(path, 128 + 4 * 70_000)
+    os.utime(path, ns=(0, 1))
+    for _ in range(2):
+        with pytest.raises(CorruptError, match=r"shard-00000\.tokens\.npy: block 0 \(bytes"):
+            dataset.read("train", 0, 10)
+    flip(path, 128 + 4 * 70_000)
+    os.utime(path, ns=(0, 2))
+    assert dataset.read("train", 69_999, 70_001).tolist() == [69_999, 70_000]
+
+
+def test_a_checked_block_that_rots_on_the_disk_is_not_used(tmp_path):
+    dataset = make_dataset(tmp_path, [("train", [np.arange(2_500_000)])])
+    dataset = Dataset.open(tmp_path, cache_bytes=1)  # one extent
+    dataset.read("train", 0, 10)
+    path = tmp_path / "shard-00000.tokens.npy"
+    before = path.stat().st_mtime_ns
+    flip(path, 128 + 4 * 70_000)
+    os.utime(path, ns=(before, before))
+    assert dataset.read("train", 69_999, 70_001).tolist() == [69_999, 70_000]  # as was checked
+    dataset.read("train", 2_400_000, 2_400_010)
     with pytest.raises(CorruptError, match=r"shard-00000\.tokens\.npy: bytes from \d+ \(block 0\)"):
         dataset.read("train", 69_000, 71_000)
+    assert dataset.read("train", 0, 10).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("cache_bytes", [1, 2**30])
+def test_rows_are_what_is_read_one_by_one(tmp_path, cache_bytes):
+    """Across blocks, extents and shards; three shards of the split with another between them."""
+    tokens = np.random.default_rng(0).integers(0, 2**32, 2_800_000)
+    parts = [("train", tokens[:1_300_000]), ("heldout", tokens[:7]), ("train", tokens[:3])]
+    shards = [(split, [part]) for split, part in [*parts, ("train", tokens[1_300_000:])]]
+    make_dataset(tmp_path, shards)
+    dataset = Dataset.open(tmp_path, cache_bytes)
+    ends = np.cumsum([0, 1_300_000, 3, 1_500_000])
+    edges = [0, 262_112, 1_048_544, 1_300_000, 1_300_003, 1_562_115, ends[-1]]
+    starts = np.array([edge + move for edge in edges for move in range(-600, 600, 17)])
+    starts = np.random.default_rng(1).permutation(
+        starts[(starts >= 0) & (starts + 510 <= ends[-1])]
+    )
+    out = np.zeros((len(starts), 512), np.uint32)
+    dataset.read_rows("train", starts, out[:, 1:-1])
+    assert not out[:, [0, -1]].any()
+    expected = [dataset.read("train", start, start + 510) for start in starts.tolist()]
+    assert np.array_equal(out[:, 1:-1], expected)
+    long = np.zeros((2, 1_400_000), np.uint32)
+    dataset.read_rows("train", np.array([5, 1_299_999]), long)
+    assert np.array_equal(long[0, :-1], dataset.read("train", 5, 1_400_004))
+    assert np.array_equal(long[1], dataset.read("train", 1_299_999, 2_699_999))
+
+
+def test_rows_outside_the_split_are_an_error(tmp_path):
+    dataset = make_dataset(tmp_path, [("train", [[1, 2, 3]])])
+    out = np.zeros((1, 2), np.uint32)
+    for start in (-1, 2):
+        with pytest.raises(IndexError):
+            dataset.read_rows("train", np.array([start]), out)
+    dataset.read_rows("train", np.array([], np.int64), out[:0])
+    dataset.read_rows("train", np.array([1]), out)
+    assert out.tolist() == [[2, 3]]
+
+
+def test_damaged_document_ends_stop_the_reading_of_rows(tmp_path):
+    make_dataset(tmp_path, [("train", [[1, 2], [3]]), ("train", [[4]])])
+    flip(tmp_path / "shard-00001.doc_ends.npy", 128)
+    dataset = Dataset.open(tmp_path)
+    out = np.zeros((1, 1), np.uint32)
+    dataset.read_rows("train", np.array([0]), out)
+    with pytest.raises(CorruptError, match=r"shard-00001\.doc_ends\.npy"):
+        dataset.read_rows("train", np.array([3]), out)
 
 
 def test_damaged_document_ends_stop_the_reading_of_tokens(tmp_path):

@@ -38,6 +38,10 @@ class Tokens:
         assert 0 <= start <= end <= self.count
         return np.arange(100 + start, 100 + end, dtype=np.uint32)
 
+    def read_rows(self, split, starts, out):
+        for row, start in zip(out, starts.tolist(), strict=True):
+            row[:] = self.read(split, start, start + len(row))
+
 
 def stream(num_tokens, length=10):
     return SequenceStream(Tokens(num_tokens), "train", length)
@@ -63,6 +67,63 @@ def test_the_last_sequence_is_padded():
     assert batch.lengths_B.tolist() == [5, 10]
     assert not batch.is_full
     assert batch.attention_mask().tolist() == [[True] * 5 + [False] * 5, [True] * 10]
+
+
+def test_no_sequences_are_a_batch_too():
+    batch = stream(19).batch(np.array([], np.int64), np.array([], np.int64))
+    assert (batch.input_ids_BL.shape, batch.sample_words_B2.shape) == ((0, 10), (0, 2))
+
+
+def test_micro_batches_are_batches_and_know_which_of_them_is_padded():
+    ours, samples = stream(30), np.array([0, 1, 2, 3, 2, 0])  # sample 3 has 6 tokens
+    epochs = np.array([0, 1, 2, 3, 4, 70_000])
+    parts = ours.micro_batches(samples, epochs, 2)
+    assert [part.is_full for part in parts] == [True, False, True]
+    for number, part in enumerate(parts):
+        assert part.input_ids_BL.dtype == torch.int32
+        here = slice(2 * number, 2 * number + 2)
+        whole = ours.batch(samples[here], epochs[here])
+        moved = part.to(torch.device("cpu"))
+        for name in ("input_ids_BL", "lengths_B", "sample_words_B2"):
+            assert torch.equal(getattr(moved, name), getattr(whole, name))
+            assert getattr(moved, name).dtype == torch.int64
+        assert moved.is_full == part.is_full
+
+
+def test_samples_that_do_not_exist_are_an_error(dataset_folder):
+    ours = SequenceStream(Dataset.open(dataset_folder), "train", 64)
+    for sample in (-1, ours.num_sequences):
+        with pytest.raises(IndexError):
+            ours.batch(np.array([0, sample]), np.zeros(2, np.int64))
+
+
+class Device:
+    """What happens to a tensor on its way to a GPU, without one."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        really = torch.Tensor.to
+
+        def pin_memory(tensor):
+            self.calls.append("pin")
+            return tensor.clone()
+
+        def to(tensor, device, *, non_blocking):
+            assert (device, non_blocking) == (torch.device("cuda"), True)
+            self.calls.append(tensor.dtype)
+            return really(tensor, "cpu")
+
+        monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+        monkeypatch.setattr(torch.Tensor, "to", to)
+
+
+def test_ids_go_to_a_device_as_int32_from_pinned_memory(monkeypatch):
+    (batch,) = stream(30).micro_batches(np.array([1, 2]), np.array([0, 0]), 2)
+    device = Device(monkeypatch)
+    moved = batch.to(torch.device("cuda"))
+    assert device.calls == ["pin"] * 3 + [torch.int32, torch.int64, torch.int64]
+    assert moved.input_ids_BL.dtype == torch.int64
+    assert moved.input_ids_BL.tolist() == batch.input_ids_BL.tolist()
 
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(0, 0), (1, 1), (8, 1), (9, 2), (16, 2)])
@@ -260,8 +321,11 @@ def test_the_data_of_steps_becomes_windows_of_every_length_that_they_train_on():
     assert again.windows_between(1, 4) == (SkippedWindow(6, 4, 16), SkippedWindow(10, 16, 24))
 
 
+@pytest.mark.parametrize(
+    ("sample", "tokens"), [(2, "tokens 16 to 23 of the split"), (3, "tokens 24 to 29 of the split")]
+)
 @pytest.mark.parametrize("error", [CorruptError("block 7 is damaged"), OSError(5, "broken")])
-def test_an_error_of_reading_names_the_sample_and_its_tokens(error):
+def test_an_error_of_reading_names_the_sample_and_its_tokens(error, sample, tokens):
     class Damaged(Tokens):
         def read(self, split, start, end):
             if start >= 16:
@@ -269,10 +333,10 @@ def test_an_error_of_reading_names_the_sample_and_its_tokens(error):
             return super().read(split, start, end)
 
     with pytest.raises(type(error)) as caught:
-        SequenceStream(Damaged(30), "train", 10).batch(np.array([0, 3]), np.array([1, 1]))
+        SequenceStream(Damaged(30), "train", 10).batch(np.array([0, sample]), np.array([1, 1]))
     told = " ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
     assert str(error) in told
-    assert "train sample 3, tokens 24 to 29 of the split" in told
+    assert f"train sample {sample}, {tokens}" in told
 
 
 def test_the_configuration_orders_the_batches():

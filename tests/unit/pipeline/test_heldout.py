@@ -78,6 +78,10 @@ class Tokens:
     def read(self, split, start, end):
         return self.ids[start:end].astype(np.uint32)
 
+    def read_rows(self, split, starts, out):
+        for row, start in zip(out, starts.tolist(), strict=True):
+            row[:] = self.read(split, start, start + len(row))
+
 
 def evaluate(num_tokens, max_sequences=100, batch_size=3, **options):
     pair = small_pair()

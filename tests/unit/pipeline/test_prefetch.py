@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from data_prep.errors import CorruptError, UserError
 from pipeline import faults
@@ -39,6 +40,29 @@ def test_the_prefetcher_gives_every_step_in_order():
     finally:
         prefetcher.close()
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_thread_pins_what_a_gpu_fetches(monkeypatch):
+    """On the rank's own device: a new thread of torch begins on the first."""
+    devices = []
+
+    class Batch(int):
+        def pinned(self):
+            devices.append(threading.current_thread().name)
+            return f"pinned {self}"
+
+    class Batches(Counting):
+        def at_step(self, step):
+            return [Batch(step), Batch(step + 100)]
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append(str(device)))
+    prefetcher = Prefetcher(Batches(), 3, 5, device=torch.device("cuda", 1))
+    try:
+        assert prefetcher.next() == ["pinned 3", "pinned 103"]
+        assert prefetcher.next() == ["pinned 4", "pinned 104"]
+    finally:
+        prefetcher.close()
+    assert devices == ["cuda:1"] + ["prefetch"] * 4
 
 
 NAMED = "samples 200 of epoch 3, 201 of epoch 3, .*, 207 of epoch 3 and 2 more"

@@ -1,0 +1,270 @@
+"""Checked tokens in memory: what the next batches need, gathered row by row without a loop.
+
+A cache holds extents (1 MiB) of the token files of a dataset side by side in one array, so that the
+rows of a batch, wherever they lie, are one indexing operation. Space for an extent is taken from
+the one that was used longest ago. Its pages (32 KiB) come by one of two ways, both of them compared
+where they then lie (`data_prep.checked_file`):
+
+    first use of a block    all its 4 MiB are read and hashed, once a process
+    any later use           the pages that are wanted, each with its CRC-32
+
+A rank of many uses only a few rows of a block: reading pages keeps its cost proportional to its
+rows, whatever the number of ranks. The order of training (`pipeline.sample_order`) wanders through
+64 MiB for a long time; with its neighbours' ends that is about 130 extents, half of the default.
+
+Tokens are asked for by position: `first_position(file)` + their place in the file, header included.
+
+Letters: B runs of tokens, N tokens in each, R rows of the caller.
+"""
+
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.checked_file import PAGE_BYTES, PAGES_PER_BLOCK, CheckedFile
+from data_prep.manifest import BLOCK_BYTES
+
+CACHE_BYTES = 256 << 20
+"""Tokens that a dataset keeps in memory at most."""
+EXTENT_BYTES = 1 << 20
+_TOKEN_BYTES = 4
+_EXTENT_TOKENS = EXTENT_BYTES // _TOKEN_BYTES
+_PAGE_TOKENS = PAGE_BYTES // _TOKEN_BYTES
+_PAGES_PER_EXTENT = EXTENT_BYTES // PAGE_BYTES
+_EXTENTS_PER_BLOCK = BLOCK_BYTES // EXTENT_BYTES
+_NOWHERE = -1
+_READ_AHEAD = 8  # extents, of as many blocks at most
+_ROWS_AT_ONCE = 128  # of 2 KiB each: the copy between two arrays stays in a core's own cache
+
+
+class BlockCache:
+    """Checked tokens of some files; safe to share between threads.
+
+    Args:
+        files: the token files; positions count through them in this order.
+        limit_bytes: memory for tokens; at least one extent is kept.
+    """
+
+    def __init__(self, files: list[CheckedFile], limit_bytes: int = CACHE_BYTES) -> None:
+        extents = np.array([0, *(file.num_blocks for file in files)]) * _EXTENTS_PER_BLOCK
+        self._files = files
+        self._first_extents = np.cumsum(extents)
+        total = int(self._first_extents[-1])
+        self._num_slots = max(1, min(limit_bytes // EXTENT_BYTES, total))
+        self._lock = threading.Lock()
+        self._slot_of_extent = np.full(total, _NOWHERE, np.int32)
+        self._extent_of_slot = np.full(self._num_slots, _NOWHERE, np.int64)
+        self._is_present = np.zeros((self._num_slots, _PAGES_PER_EXTENT), bool)
+        self._last_use = np.zeros(self._num_slots, np.int64)
+        self._clock = 0
+        self._tokens = np.empty(0, np.uint32)
+        self._hashed = np.empty(0, np.uint8)
+        self._hashed_block = (_NOWHERE, _NOWHERE)
+
+    def first_position(self, file: int) -> int:
+        """Give the position of a file's first byte, counted in tokens.
+
+        Args:
+            file: index of the file.
+
+        Returns:
+            Its position.
+        """
+        return int(self._first_extents[file]) * _EXTENT_TOKENS
+
+    def read(self, start: int, end: int) -> NDArray[np.uint32]:
+        """Copy the tokens of one file.
+
+        Args:
+            start: first position.
+            end: one past the last position, inside of the same file.
+
+        Returns:
+            uint32 [end - start].
+
+        Raises:
+            CorruptError: the file is not what was written; the message names it.
+        """
+        tokens = np.empty(end - start, np.uint32)
+        with self._lock:
+            while start < end:
+                stop = min(end, (start // _EXTENT_TOKENS + 1) * _EXTENT_TOKENS)
+                extent = start // _EXTENT_TOKENS
+                self._forget_what_changed(np.array([extent]))
+                pages = np.arange(
+                    start % _EXTENT_TOKENS // _PAGE_TOKENS,
+                    (stop - 1) % _EXTENT_TOKENS // _PAGE_TOKENS + 1,
+                )
+                self._bring(extent, pages)
+                first = int(self._slot_of_extent[extent]) * _EXTENT_TOKENS + start % _EXTENT_TOKENS
+                place = len(tokens) - (end - start)
+                tokens[place : place + stop - start] = self._tokens[first : first + stop - start]
+                start = stop
+        return tokens
+
+    @staticmethod
+    def are_in_one_extent(positions_B: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
+        """Say which rows can be gathered; the others must be read.
+
+        Args:
+            positions_B: int64 [B], where rows begin.
+            count: tokens of a row.
+
+        Returns:
+            bool [B]: inside of one extent, and on two pages at most.
+        """
+        inside_B = positions_B % _EXTENT_TOKENS + count <= _EXTENT_TOKENS
+        return inside_B & (0 < count <= _PAGE_TOKENS)
+
+    def gather(
+        self, positions_B: NDArray[np.int64], rows_B: NDArray[np.int64], out_RN: NDArray[np.uint32]
+    ) -> None:
+        """Copy runs of tokens into rows.
+
+        Args:
+            positions_B: int64 [B], where runs begin; `are_in_one_extent` holds for all.
+            rows_B: int64 [B], which row each is for.
+            out_RN: uint32 [R, N], of which those rows get N tokens each.
+
+        Raises:
+            CorruptError: a file is not what was written; the message names it.
+        """
+        extents_B, offsets_B = np.divmod(positions_B, _EXTENT_TOKENS)
+        first_page_B = offsets_B // _PAGE_TOKENS
+        last_page_B = (offsets_B + out_RN.shape[1] - 1) // _PAGE_TOKENS
+        with self._lock:
+            self._forget_what_changed(extents_B)
+            left = np.arange(len(positions_B))
+            while len(left):
+                extents = extents_B[left]
+                slots = self._slot_of_extent[extents]
+                # A slot of -1 looks at the last one, whose answer does not count.
+                is_here = self._is_present[slots, first_page_B[left]]
+                is_here &= self._is_present[slots, last_page_B[left]] & (slots != _NOWHERE)
+                self._clock += 1
+                self._last_use[slots[is_here]] = self._clock
+                here, left = left[is_here], left[~is_here]
+                self._copy_rows(slots[is_here], offsets_B[here], rows_B[here], out_RN)
+                self._bring_some(extents_B[left], first_page_B[left], last_page_B[left])
+
+    def _copy_rows(
+        self,
+        slots: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        out_RN: NDArray[np.uint32],
+    ) -> None:
+        """Copy runs that are present."""
+        if not len(rows):
+            return
+        count, tokens = out_RN.shape[1], self._tokens
+        # Every run of N tokens as a row of its own: a view, in which neighbours overlap.
+        runs = np.ndarray((len(tokens) - count + 1, count), np.uint32, tokens, 0, (4, 4))
+        starts = slots.astype(np.int64) * _EXTENT_TOKENS + offsets
+        for begin in range(0, len(rows), _ROWS_AT_ONCE):
+            some = slice(begin, begin + _ROWS_AT_ONCE)
+            out_RN[rows[some]] = runs[starts[some]]
+
+    def _bring_some(
+        self,
+        extents: NDArray[np.int64],
+        first_pages: NDArray[np.int64],
+        last_pages: NDArray[np.int64],
+    ) -> None:
+        """Bring the pages of as many of the extents as there is space for at once."""
+        distinct, which = np.unique(extents, return_inverse=True)
+        is_wanted = np.zeros((len(distinct), _PAGES_PER_EXTENT), bool)
+        is_wanted[which, first_pages] = is_wanted[which, last_pages] = True
+        wanted = [
+            (extent, np.flatnonzero(pages))
+            for extent, pages in zip(distinct.tolist(), is_wanted, strict=True)
+        ][: self._num_slots]
+        announced = 0
+        for number, (extent, pages) in enumerate(wanted):
+            # The disk reads what comes next while this is hashed.
+            while announced < min(len(wanted), number + _READ_AHEAD):
+                self._announce(*wanted[announced])
+                announced += 1
+            self._bring(extent, pages)
+
+    def _announce(self, extent: int, pages: NDArray[np.int64]) -> None:
+        file, first_page = self._place_of(extent)
+        self._files[file].announce(first_page + int(pages[0]), first_page + int(pages[-1]) + 1)
+
+    def _bring(self, extent: int, pages: NDArray[np.int64]) -> None:
+        """See to it that pages of an extent are present."""
+        if not len(self._tokens):
+            self._tokens = np.empty(self._num_slots * _EXTENT_TOKENS, np.uint32)
+        slot = int(self._slot_of_extent[extent])
+        if slot == _NOWHERE:
+            slot = self._free_slot()
+            self._slot_of_extent[extent], self._extent_of_slot[slot] = slot, extent
+        self._clock += 1
+        self._last_use[slot] = self._clock
+        missing = pages[~self._is_present[slot, pages]]
+        if not len(missing):
+            return
+        number, first_page = self._place_of(extent)
+        file, block = self._files[number], first_page // PAGES_PER_BLOCK
+        content = self._bytes_of(slot)
+        if self._hashed_block != (number, block) and not file.is_checked(block):
+            self._hash(number, block)
+        if self._hashed_block == (number, block):
+            start = first_page % PAGES_PER_BLOCK * PAGE_BYTES
+            content[:] = self._hashed[start : start + EXTENT_BYTES]
+            self._is_present[slot] = True
+            return
+        breaks = np.flatnonzero(np.diff(missing) > 1) + 1
+        firsts, lasts = missing[np.append(0, breaks)], missing[np.append(breaks - 1, -1)]
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+            run = content[first * PAGE_BYTES : (last + 1) * PAGE_BYTES]
+            file.read_pages(first_page + first, run.data)
+            self._is_present[slot, first : last + 1] = True
+
+    def _hash(self, file: int, block: int) -> None:
+        """Read a whole block for the first time; it stays until the next one comes."""
+        if not len(self._hashed):
+            self._hashed = np.empty(BLOCK_BYTES, np.uint8)
+        self._hashed_block = (_NOWHERE, _NOWHERE)
+        self._files[file].read_block(block, self._hashed.data)
+        self._hashed_block = (file, block)
+
+    def _free_slot(self) -> int:
+        """Take the slot that was used longest ago."""
+        slot = int(self._last_use.argmin())
+        self._empty(slot)
+        return slot
+
+    def _empty(self, slot: int) -> None:
+        extent = self._extent_of_slot[slot]
+        if extent != _NOWHERE:
+            self._slot_of_extent[extent] = _NOWHERE
+        self._extent_of_slot[slot] = _NOWHERE
+        self._is_present[slot] = False
+        self._last_use[slot] = 0
+
+    def _forget_what_changed(self, extents: NDArray[np.int64]) -> None:
+        """Drop what is kept of files that somebody wrote to since; all of it is checked anew."""
+        if len(self._files) == 1:
+            touched = [0]
+        else:
+            indices = np.searchsorted(self._first_extents, extents, side="right") - 1
+            touched = np.flatnonzero(np.bincount(indices)).tolist()
+        for file in touched:
+            if self._files[file].has_changed():
+                first, end = self._first_extents[file : file + 2]
+                of_file = (self._extent_of_slot >= first) & (self._extent_of_slot < end)
+                for slot in np.flatnonzero(of_file).tolist():
+                    self._empty(slot)
+                if self._hashed_block[0] == file:
+                    self._hashed_block = (_NOWHERE, _NOWHERE)
+
+    def _place_of(self, extent: int) -> tuple[int, int]:
+        """The file of an extent, and its first page there."""
+        file = int(np.searchsorted(self._first_extents, extent, side="right")) - 1
+        return file, (extent - int(self._first_extents[file])) * _PAGES_PER_EXTENT
+
+    def _bytes_of(self, slot: int) -> NDArray[np.uint8]:
+        tokens = self._tokens[slot * _EXTENT_TOKENS : (slot + 1) * _EXTENT_TOKENS]
+        return tokens.view(np.uint8)

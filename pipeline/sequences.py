@@ -1,0 +1,205 @@
+"""A split's tokens as sequences: cut, read by the batch, moved to the device.
+
+    SequenceBatch    a micro batch: ids, lengths, identities of samples
+    SequenceStream   the sequences of a split; reads many of them at once
+
+A sequence is [CLS] + (L - 2) tokens + [SEP], cut from the concatenated documents of the split
+without regard to their ends (the published packing). The last is short and padded.
+
+The host holds ids (int32), lengths and identities, nothing else: positions, masks and labels are
+made on the device.
+
+Letters: B sequences, L sequence length.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from data_prep.errors import CorruptError
+from data_prep.manifest import Split
+from data_prep.shards import Dataset
+from pipeline.counter_rng import sample_words
+from pipeline.sample_order import Int64Array
+
+PAD_ID, CLS_ID, SEP_ID, UNK_ID = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """A micro batch on the host or on a device."""
+
+    input_ids_BL: torch.Tensor
+    """int64 [B, L], padded with 0; int32 in a batch of training until `to` has moved it."""
+    lengths_B: torch.Tensor
+    """int64 [B]: tokens of each sequence, [CLS] and [SEP] included."""
+    sample_words_B2: torch.Tensor
+    """int64 [B, 2]: (epoch, sample) as counter words."""
+    is_full: bool
+    """No sequence is padded, so that attention needs no mask."""
+
+    def attention_mask(self) -> torch.Tensor | None:
+        """Mark the real tokens.
+
+        Returns:
+            bool [B, L], or None where every token is real.
+        """
+        if self.is_full:
+            return None
+        positions_L = torch.arange(self.input_ids_BL.shape[1], device=self.lengths_B.device)
+        return positions_L[None, :] < self.lengths_B[:, None]
+
+    def pinned(self) -> "SequenceBatch":
+        """Copy to memory that a GPU can fetch from by itself, which torch uses again and again.
+
+        Returns:
+            The batch there.
+        """
+        return SequenceBatch(
+            self.input_ids_BL.pin_memory(),
+            self.lengths_B.pin_memory(),
+            self.sample_words_B2.pin_memory(),
+            self.is_full,
+        )
+
+    def to(self, device: torch.device) -> "SequenceBatch":
+        """Copy to a device without waiting for the copy.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            The batch there, its ids as int64.
+        """
+        # Of what is pinned already there is no second copy.
+        source = self.pinned() if device.type == "cuda" else self
+        tensors = (source.input_ids_BL, source.lengths_B, source.sample_words_B2)
+        ids_BL, lengths_B, words_B2 = (t.to(device, non_blocking=True) for t in tensors)
+        # In two steps: a copy that also converts would do so on the host.
+        return SequenceBatch(ids_BL.long(), lengths_B, words_B2, self.is_full)
+
+
+class SequenceStream:
+    """The sequences of one split of a dataset."""
+
+    def __init__(self, dataset: Dataset, split: Split, sequence_length: int) -> None:
+        """Look at a split without reading it.
+
+        Args:
+            dataset: An open dataset.
+            split: "train" or "heldout".
+            sequence_length: L, with [CLS] and [SEP].
+        """
+        self._dataset = dataset
+        self._split: Split = split
+        self._content = sequence_length - 2
+        self.sequence_length = sequence_length
+        self.num_tokens = dataset.split_tokens(split)
+        self.num_sequences = -(-self.num_tokens // self._content)
+
+    def batch(self, samples: Int64Array, epochs: Int64Array) -> SequenceBatch:
+        """Read sequences.
+
+        Args:
+            samples: int64 [B], indices of sequences.
+            epochs: int64 [B], the epoch each is read in.
+
+        Returns:
+            The batch, on the host, its ids as int64.
+
+        Raises:
+            CorruptError: A block of a shard, hashed at its first use, is not what was written; the
+                message names the sample and its tokens.
+        """
+        (batch,) = self.micro_batches(samples, epochs, len(samples))
+        return batch.to(torch.device("cpu"))
+
+    def micro_batches(
+        self, samples: Int64Array, epochs: Int64Array, size: int
+    ) -> list[SequenceBatch]:
+        """Read the sequences of several batches at once.
+
+        Args:
+            samples: int64 [n], indices of sequences.
+            epochs: int64 [n], the epoch each is read in.
+            size: Sequences of a batch, by which n is divisible.
+
+        Returns:
+            The batches, on the host, their ids as int32.
+
+        Raises:
+            CorruptError: As for `batch`.
+        """
+        ids = np.empty((len(samples), self.sequence_length), np.uint32)
+        ids[:, 0], ids[:, -1] = CLS_ID, SEP_ID
+        starts = samples * self._content
+        lengths = np.minimum(self.num_tokens - starts, self._content) + 2
+        is_short = lengths < self.sequence_length
+        try:
+            if is_short.any():
+                self._read_ragged(samples, is_short, ids)
+            else:
+                self._dataset.read_rows(self._split, starts, ids[:, 1:-1])
+        except Exception:
+            for sample in samples.tolist():  # one at a time, until one of them says whose it is
+                self._tokens(sample)
+            raise
+        short_rows = np.flatnonzero(is_short)
+        with_padding = set((short_rows // size).tolist()) if len(short_rows) else set()
+        parts = zip(
+            torch.from_numpy(ids.view(np.int32)).split(size),
+            torch.from_numpy(lengths).split(size),
+            torch.from_numpy(_identities(epochs, samples)).split(size),
+            strict=True,
+        )
+        return [SequenceBatch(*each, n not in with_padding) for n, each in enumerate(parts)]
+
+    def _read_ragged(
+        self, samples: Int64Array, is_short: npt.NDArray[np.bool_], ids: npt.NDArray[np.uint32]
+    ) -> None:
+        """Read rows of which some are padded: those of the sequence that ends the split."""
+        whole = np.flatnonzero(~is_short)
+        content = np.empty((len(whole), self._content), np.uint32)
+        self._dataset.read_rows(self._split, samples[whole] * self._content, content)
+        ids[whole, 1:-1] = content
+        for row in np.flatnonzero(is_short).tolist():
+            tokens = self._tokens(int(samples[row]))
+            ids[row, 1:] = PAD_ID
+            ids[row, 1 : 1 + len(tokens)] = tokens
+            ids[row, 1 + len(tokens)] = SEP_ID
+
+    def token_range(self, sample: int) -> tuple[int, int]:
+        """Give the tokens of a sequence, counted over the split.
+
+        Args:
+            sample: Index of the sequence.
+
+        Returns:
+            (first token, token before which it ends), without [CLS] and [SEP].
+        """
+        start = sample * self._content
+        return start, min(start + self._content, self.num_tokens)
+
+    def _tokens(self, sample: int) -> npt.NDArray[np.uint32]:
+        """Read one sequence's tokens; an error says whose they are."""
+        start, end = self.token_range(sample)
+        try:
+            return self._dataset.read(self._split, start, end)
+        except CorruptError as error:
+            raise CorruptError(f"{error} ({self._whose(sample)})") from error
+        except Exception as error:
+            error.add_note(f"while reading {self._whose(sample)}")
+            raise
+
+    def _whose(self, sample: int) -> str:
+        start, end = self.token_range(sample)
+        return f"{self._split} sample {sample}, tokens {start:,} to {end - 1:,} of the split"
+
+
+def _identities(epochs: Int64Array, samples: Int64Array) -> Int64Array:
+    """Pack the identities of samples into counter words, int64 [n, 2]."""
+    # The arithmetic of one sample is that of arrays of them.
+    return np.stack(sample_words(cast(Any, epochs), cast(Any, samples)), axis=1)

@@ -1,0 +1,273 @@
+"""Checked tokens in memory: what is handed out is what was compared, whatever the cache does."""
+
+import hashlib
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import checked_file
+from data_prep.block_cache import EXTENT_BYTES, BlockCache
+from data_prep.checked_file import PAGE_BYTES, CheckedFile, OpenFiles
+from data_prep.errors import CorruptError
+from data_prep.manifest import BLOCK_BYTES
+from tests.unit.data_prep.test_checked_file import block_hashes, flip
+
+# Two files: 2 blocks and 100 bytes, 1 page and a bit.
+COUNTS = ((2 * BLOCK_BYTES + 100) // 4, (PAGE_BYTES + 12) // 4)
+BLOCK, EXTENT, PAGE = BLOCK_BYTES // 4, EXTENT_BYTES // 4, PAGE_BYTES // 4
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 2**32, count, np.uint32) for count in COUNTS]
+
+
+@pytest.fixture(scope="module")
+def originals(tokens, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    paths = [folder / str(number) for number in range(len(tokens))]
+    for path, values in zip(paths, tokens, strict=True):
+        path.write_bytes(values.tobytes())
+    return paths
+
+
+@pytest.fixture
+def paths(tokens, tmp_path):
+    """Files that a test may damage."""
+    for number, values in enumerate(tokens):
+        (tmp_path / str(number)).write_bytes(values.tobytes())
+    return [tmp_path / str(number) for number in range(len(tokens))]
+
+
+@pytest.fixture(scope="module")
+def hashes(tokens):
+    return [block_hashes(values.tobytes()) for values in tokens]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often each block was hashed, and the runs of pages that were read."""
+    blocks, pages = [], []
+
+    def note(name, calls, size):
+        really = getattr(CheckedFile, name)
+
+        def call(self, first, into):
+            calls.append((first, len(into) // size))
+            return really(self, first, into)
+
+        monkeypatch.setattr(CheckedFile, name, call)
+
+    note("read_block", blocks, BLOCK_BYTES)
+    note("read_pages", pages, PAGE_BYTES)
+    return blocks, pages
+
+
+def cache_of(paths, hashes, extents=100):
+    open_files = OpenFiles()
+    files = [CheckedFile(path, sums, open_files) for path, sums in zip(paths, hashes, strict=True)]
+    return BlockCache(files, extents * EXTENT_BYTES)
+
+
+def gather(cache, positions, count):
+    """The rows, written into the middle of a larger array in another order."""
+    positions = np.asarray(positions)
+    out = np.full((len(positions) + 1, count + 2), 7, np.uint32)
+    rows = np.arange(len(positions))[::-1] + 1
+    cache.gather(positions, rows, out[:, 1:-1])
+    assert (out[0] == 7).all()
+    assert (out[:, [0, -1]] == 7).all()
+    return out[rows, 1:-1]
+
+
+EDGES = [0, PAGE, EXTENT, BLOCK, BLOCK + EXTENT, 2 * BLOCK, COUNTS[0]]
+PLACES = st.one_of(
+    st.integers(0, COUNTS[0]),
+    st.tuples(st.sampled_from(EDGES), st.integers(-2, 2)).map(sum),
+).map(lambda place: min(max(place, 0), COUNTS[0]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(PLACES, PLACES), min_size=1, max_size=4), st.sampled_from([1, 2, 100]))
+def test_a_read_is_a_slice(originals, tokens, hashes, ranges, extents):
+    cache = cache_of(originals, hashes, extents)
+    for start, end in map(sorted, ranges):
+        found = cache.read(start, end)
+        assert found.dtype == np.uint32
+        assert np.array_equal(found, tokens[0][start:end])
+    first = cache.first_position(1)
+    assert np.array_equal(cache.read(first, first + COUNTS[1]), tokens[1])
+
+
+@pytest.mark.parametrize("extents", [1, 2, 5, 100])
+@pytest.mark.parametrize("count", [1, 37, 510, PAGE])
+def test_gathered_rows_are_slices(originals, tokens, hashes, extents, count):
+    cache, rng = cache_of(originals, hashes, extents), np.random.default_rng(count)
+    for batch in (1, 7, 300, 300):
+        places = rng.integers(0, COUNTS[0] - count, batch)
+        places[: batch // 2] = np.sort(places[: batch // 2])
+        places = places[BlockCache.are_in_one_extent(places, count)]
+        expected = [tokens[0][place : place + count] for place in places]
+        if count < COUNTS[1]:
+            places = np.append(places, cache.first_position(1) + 3)
+            expected.append(tokens[1][3 : 3 + count])
+        assert np.array_equal(gather(cache, places, count), expected)
+
+
+def test_rows_that_can_be_gathered():
+    def are(places, count):
+        return BlockCache.are_in_one_extent(np.array(places), count).tolist()
+
+    assert are([0, EXTENT - 10, EXTENT - 9, EXTENT], 10) == [True, True, False, True]
+    assert are([5], PAGE) == [True]
+    assert are([5], PAGE + 1) == [False]
+    assert are([5], 0) == [False]
+
+
+def test_nothing_is_gathered_of_no_rows(originals, hashes):
+    cache_of(originals, hashes).gather(
+        np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 10), np.uint32)
+    )
+
+
+def test_a_block_is_hashed_once_and_pages_are_read_alone_afterwards(originals, hashes, counted):
+    blocks, pages = counted
+    cache = cache_of(originals, hashes, extents=2)
+    gather(cache, [10, BLOCK + 10, 20, EXTENT + 10], 8)
+    assert blocks == [(0, 1), (1, 1)]
+    assert pages == []
+    gather(cache, [2 * BLOCK + 3], 8)  # takes the place of two extents, and of the hashed block
+    gather(cache, [cache.first_position(1)], 8)
+    assert blocks == [(0, 1), (1, 1), (2, 1), (0, 1)]
+    gather(cache, [5, 3 * PAGE - 4, 6 * PAGE, 3 * PAGE + 1], 8)
+    assert (blocks[4:], pages) == ([], [(0, 1), (2, 2), (6, 1)])
+    cache.read(PAGE - 1, 4 * PAGE)
+    assert (blocks[4:], pages[3:]) == ([], [(1, 1)])
+    gather(cache, [5, 3 * PAGE - 4, 6 * PAGE, 3 * PAGE + 1], 8)
+    assert (len(blocks), len(pages)) == (4, 4)
+
+
+def test_the_extent_that_was_used_longest_ago_makes_room(originals, hashes, counted):
+    _, pages = counted
+    cache = cache_of(originals, hashes, extents=3)
+    for extent in range(4, 8):  # all of a block, and then only three of them are left
+        gather(cache, [extent * EXTENT], 8)
+    gather(cache, [2 * BLOCK], 8)  # another block is the one that was hashed last
+    del pages[:]
+    gather(cache, [6 * EXTENT, 7 * EXTENT, 2 * BLOCK], 8)
+    assert pages == []
+    gather(cache, [6 * EXTENT], 8)
+    gather(cache, [4 * EXTENT], 8)  # instead of 7
+    gather(cache, [6 * EXTENT, 2 * BLOCK], 8)
+    assert len(pages) == 1
+    gather(cache, [7 * EXTENT], 8)
+    assert len(pages) == 2
+
+
+def test_memory_is_bounded(originals, hashes):
+    cache = cache_of(originals, hashes, extents=3)
+    for extent in range(8):
+        gather(cache, [extent * EXTENT], 8)
+    assert cache._tokens.nbytes == 3 * EXTENT_BYTES
+    small = cache_of(originals[1:], hashes[1:])
+    small.read(0, 8)
+    assert small._tokens.nbytes == BLOCK_BYTES, "no more than the files hold"
+
+
+@pytest.mark.parametrize("read", ["gather", "read"])
+def test_what_rots_on_the_disk_is_not_handed_out(paths, tokens, hashes, read):
+    """In memory is the copy that was checked; what is fetched again is compared again."""
+    cache = cache_of(paths, hashes, extents=1)
+
+    def at(place):
+        return gather(cache, [place], 8)[0] if read == "gather" else cache.read(place, place + 8)
+
+    at(0)
+    place = EXTENT // 2
+    flip(paths[0], 4 * place + 3)
+    assert np.array_equal(at(place), tokens[0][place : place + 8])
+    at(2 * BLOCK)
+    for _ in range(2):
+        with pytest.raises(CorruptError, match=r"0: bytes from \d+ \(block 0\) are not what they"):
+            at(place)
+    # Neighbours are untouched, and so is the page once the disk gives it back as it was.
+    assert np.array_equal(at(0), tokens[0][:8])
+    flip(paths[0], 4 * place + 3)
+    assert np.array_equal(at(place), tokens[0][place : place + 8])
+
+
+@pytest.mark.parametrize("read", ["gather", "read"])
+def test_what_somebody_writes_is_compared_with_the_manifest(paths, tokens, hashes, read):
+    cache = cache_of(paths, hashes)
+
+    def at(place):
+        return gather(cache, [place], 8)[0] if read == "gather" else cache.read(place, place + 8)
+
+    at(0)
+    flip(paths[0], 17)
+    os.utime(paths[0], ns=(0, 1))
+    for _ in range(2):
+        with pytest.raises(CorruptError, match=r"0: block 0 \(bytes from 0\) does not have"):
+            at(0)
+    assert np.array_equal(at(BLOCK), tokens[0][BLOCK : BLOCK + 8])
+    flip(paths[0], 17)
+    os.utime(paths[0], ns=(0, 2))
+    assert np.array_equal(at(0), tokens[0][:8])
+
+
+def test_the_bytes_that_were_hashed_are_the_bytes_that_are_handed_out(
+    paths, tokens, hashes, monkeypatch
+):
+    """No moment between hashing and use: a file that changes then changes nothing."""
+    really = hashlib.sha256
+
+    def write_and_hash(content):
+        paths[0].write_bytes(bytes(len(tokens[0]) * 4))
+        return really(content)
+
+    monkeypatch.setattr(checked_file.hashlib, "sha256", write_and_hash)
+    cache = cache_of(paths, hashes)
+    assert np.array_equal(gather(cache, [100], 8)[0], tokens[0][100:108])
+    os.utime(paths[0], ns=(0, 1))
+    with pytest.raises(CorruptError, match="block 0"):
+        gather(cache, [100], 8)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(paths, hashes, monkeypatch):
+    cache = cache_of(paths, hashes, extents=1)
+    gather(cache, [0], 8)
+    gather(cache, [2 * BLOCK], 8)
+    os.truncate(paths[0], 50)
+    monkeypatch.setattr(CheckedFile, "has_changed", lambda _: False)
+    with pytest.raises(CorruptError, match="bytes from 0"):
+        gather(cache, [0], 8)
+    with pytest.raises(CorruptError, match="block 1"):
+        gather(cache, [BLOCK], 8)
+
+
+def test_threads_share_a_cache_that_is_too_small_for_them(originals, tokens, hashes):
+    cache = cache_of(originals, hashes, extents=3)
+    start = threading.Barrier(4)
+
+    def is_right(seed):
+        rng = np.random.default_rng(seed)
+        start.wait()
+        for _ in range(20):
+            places = rng.integers(0, COUNTS[0] - 100, 40)
+            places = places[BlockCache.are_in_one_extent(places, 100)]
+            expected = [tokens[0][place : place + 100] for place in places]
+            if not np.array_equal(gather(cache, places, 100), expected):
+                return False
+            first = int(places[0])
+            if not np.array_equal(cache.read(first, first + 9000), tokens[0][first : first + 9000]):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(is_right, range(4)))
