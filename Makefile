@@ -6,7 +6,10 @@
 #   make soak    KILLS=200 random kills against undisturbed runs
 #   make matrix  every ZeRO mode against a plain oracle
 #   make bench   ratios against peers, written to tests/benchmarks/results/
-#   make gpu     GPU tests and benchmarks with the packages that PYTHON has; installs nothing
+#   make gpu     PART=tests|attention|layer|step SIZE=large BUDGET_SECONDS=480: GPU tests and
+#                benchmarks with the packages that PYTHON has; installs nothing
+#   make gpu-wheels  wheels that a GPU machine without a package index needs; make gpu WHEELS=...
+#   make kernels-compile  every tile of every kernel, compiled without a GPU
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +23,7 @@ KILLS ?= 200
 
 export DS_BUILD_OPS = 0
 
-.PHONY: venv demo test lint faults soak matrix bench gpu clean
+.PHONY: venv demo test lint faults soak matrix bench gpu gpu-wheels kernels-compile clean
 
 venv: $(STAMP)
 
@@ -59,8 +62,14 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py
 
 gpu:
-	$(PYTHON) -m pytest -m gpu tests/gpu
-	$(PYTHON) tests/benchmarks/run.py
+	$(PYTHON) tests/benchmarks/gpu.py $(if $(PART),--part $(PART)) --size $(or $(SIZE),large) \
+		$(if $(BUDGET_SECONDS),--budget-seconds $(BUDGET_SECONDS)) $(if $(WHEELS),--wheels $(WHEELS))
+
+kernels-compile: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.kernels_compile
+
+gpu-wheels: $(STAMP)
+	$(BIN)/python tests/benchmarks/gpu_wheels.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

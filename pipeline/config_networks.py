@@ -146,8 +146,12 @@ class ModelSection(Section):
 
     vocab_size: PositiveInt = 128_100
     """Rows of the word table: pieces + [MASK], padded to a multiple of 100."""
-    attention_backend: Literal["eager", "torch"] = "torch"
-    """`eager` is the definition; `torch` the same numbers with less memory traffic."""
+    attention_backend: Literal["eager", "torch", "triton", "disentangled_flash"] = "torch"
+    """`eager` is the definition; `torch` the same numbers with less memory traffic; `triton` fused
+    kernels for a GPU; `disentangled_flash` the package of that name, for comparison."""
+    compile: Literal["none", "layer"] = "none"
+    """`layer` makes one pass of what lies between matrix products (torch.compile); needs Triton on
+    a GPU, a C++ compiler on a CPU."""
     activation_checkpointing: Literal["none", "attention", "full"] = "none"
     """Recompute nothing, each layer's attention, or each whole layer in the backward pass."""
 

@@ -66,6 +66,7 @@ RESUME_RULES: tuple[tuple[str, Verdict, str], ...] = (
         " both have",
     ),
     ("model.attention_backend", Verdict.ROUNDING, "the same formula in another order"),
+    ("model.compile", Verdict.ROUNDING, "the same formula in other kernels"),
     ("model.activation_checkpointing", Verdict.FREE, "recomputed values are the same"),
     *(
         (f"{network}.{key}", Verdict.IMPOSSIBLE, reason)

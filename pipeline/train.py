@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     Returns:
         config, deepspeed_config, overrides, dry_run, world_size, accept_config_change,
-        accept_data_change.
+        accept_data_change, profile, memory_snapshot.
 
     Raises:
         UserError: Unknown flags, or a required one is missing.
@@ -92,6 +92,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--accept-data-change",
         action="store_true",
         help="resume although the dataset is another one; recorded",
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="write a trace and a table of the parts of some steps, as in 10-12, to RUN/profile",
+    )
+    parser.add_argument(
+        "--memory-snapshot",
+        metavar="STEP",
+        help="write what lies in each GPU's memory during a step to RUN/profile",
     )
     parser.add_argument(
         "overrides",
@@ -190,7 +200,8 @@ def _train(config: RunConfig, ds: DeepSpeedConfig, options: argparse.Namespace) 
     folder = RunFolder(Path(config.run.folder))
     with ExitStack() as cleanup:
         try:
-            return _fit(_join_world(config, ds, folder, stop, accepts, cleanup))
+            measured = _what_to_measure(options)
+            return _fit(_join_world(config, ds, folder, stop, accepts, cleanup), measured)
         except UserError as error:
             # Any rank may be the one that finds damage; the status must not wait for rank 0.
             if error.exit_code in _STATUS and folder.path.is_dir():
@@ -220,6 +231,7 @@ def _join_world(
     import torch.distributed as dist
 
     from pipeline import faults
+    from pipeline.compilation import require_compiler
     from pipeline.rendezvous import meet_other_ranks
     from pipeline.runtime import (
         World,
@@ -235,6 +247,8 @@ def _join_world(
     faults.configure(fault_text(), world.rank)
     plan = ds.batch_plan(world.world_size)
     check_device(ds, world.device.type)
+    if config.model.compile == "layer":
+        require_compiler(world.device)
     if world.is_main:
         if taken_over := folder.acquire(job_id()):
             tell(f"note: {taken_over}")
@@ -268,7 +282,38 @@ def _join_world(
     )
 
 
-def _fit(session: "Session") -> int:
+def _what_to_measure(options: argparse.Namespace) -> tuple[range | None, int | None]:
+    """Read the steps to profile and the step whose memory is recorded."""
+    from pipeline.memory_snapshot import parse_step
+    from pipeline.profiling import parse_steps
+
+    steps = None if options.profile is None else parse_steps(options.profile)
+    snapshot = options.memory_snapshot
+    return steps, None if snapshot is None else parse_step(snapshot)
+
+
+@contextlib.contextmanager
+def _measuring(session: "Session", steps: range | None, snapshot: int | None) -> Iterator[None]:
+    """Profile some steps of rank 0, and record the memory of one step on every rank."""
+    from pipeline.memory_snapshot import MemorySnapshot
+    from pipeline.profiling import StepProfiler
+
+    where = (session.folder.path, session.world.device, session.world.rank)
+    listeners: list[StepProfiler | MemorySnapshot] = []
+    if steps is not None and session.world.is_main:
+        listeners.append(StepProfiler(*where, steps))
+    if snapshot is not None:
+        listeners.append(MemorySnapshot(*where, snapshot))
+    for each in listeners:
+        session.watchdog.listen(each.mark)
+    try:
+        yield
+    finally:
+        for each in listeners:
+            each.close()
+
+
+def _fit(session: "Session", measured: tuple[range | None, int | None]) -> int:
     """Assemble the run, print its banner, train, and leave the final status."""
     from pipeline.assemble import assemble
     from pipeline.banner import banner_lines
@@ -283,7 +328,8 @@ def _fit(session: "Session") -> int:
     if session.world.is_main:
         tell("\n".join(banner_lines(session, assembled)))
     try:
-        outcome = trainer.fit()
+        with _measuring(session, *measured):
+            outcome = trainer.fit()
     finally:
         trainer.close()
     if outcome == "stopped":

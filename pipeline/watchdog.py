@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -98,6 +99,7 @@ class Watchdog:
         self._stacks: TextIO | None = None
         self._main_thread = threading.get_ident()
         self._threads: list[threading.Thread] = []
+        self._listeners: list[Callable[[str, int], None]] = []
 
     def start(self) -> None:
         """Begin to watch the calling thread."""
@@ -134,6 +136,16 @@ class Watchdog:
             self._step, self._marks_before_step = step, self._marks
         self._phase = phase
         self._marks += 1
+        for listener in self._listeners:
+            listener(phase, step)
+
+    def listen(self, listener: Callable[[str, int], None]) -> None:
+        """Pass on every mark from now on, to what measures the parts of a step.
+
+        Args:
+            listener: Called with what `mark` gets, in the thread that marks.
+        """
+        self._listeners.append(listener)
 
     @property
     def step(self) -> int:

@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.config import ModelSection, NetworkSection
-from pipeline.counter_rng import DropoutKey, DropoutSite, dropout
+from pipeline.counter_rng import DropoutKey, DropoutSite
+from pipeline.modeling.compiled import drop, normalized_sum
 
 EmbeddingSharing = Literal["gdes", "es", "nes"]
 PAD_ID = 0
@@ -41,6 +42,18 @@ def dropout_site(key: DropoutKey | None, layer: int, where: int) -> DropoutSite 
     return None if key is None else key.site(layer, where)
 
 
+def compiles_layers(model: ModelSection) -> bool:
+    """Say whether a network is to compile the functions inside its layers.
+
+    Args:
+        model: [model].
+
+    Returns:
+        Whether model.compile is "layer".
+    """
+    return model.compile == "layer"
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm whose arithmetic is in the wider dtype of input and weights.
 
@@ -48,15 +61,28 @@ class LayerNorm(nn.LayerNorm):
     half precision weights, which is what the fp32 sum of two embedding tables is.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        bits: torch.Tensor | None = None,
+        dropout_prob: float = 0.0,
+    ) -> torch.Tensor:
         """Normalize the last dimension.
 
         Args:
             input: [.., D].
+            residual: [.., D]; where given, LayerNorm(residual + dropout(input)) is one graph.
+            bits: Which elements of the input stay (`compiled.draw_bits`); None for all.
+            dropout_prob: Probability that the bits were drawn with.
 
         Returns:
             [.., D] in the wider dtype of the input and the weights.
         """
+        if residual is not None:
+            return normalized_sum(
+                input, residual, self.weight, self.bias, self.eps, bits, dropout_prob
+            )
         wide = torch.promote_types(input.dtype, self.weight.dtype)
         weight, bias = self.weight.to(wide), self.bias.to(wide)
         return F.layer_norm(input.to(wide), self.normalized_shape, weight, bias, self.eps)
@@ -93,9 +119,10 @@ class _Embeddings(nn.Module):
 
     Args:
         network: Sizes and dropout.
+        compiles: Whether dropout is a compiled graph.
     """
 
-    def __init__(self, network: NetworkSection) -> None:
+    def __init__(self, network: NetworkSection, compiles: bool) -> None:
         super().__init__()
         width = network.word_embedding_size
         self.embed_proj = None
@@ -103,6 +130,7 @@ class _Embeddings(nn.Module):
             self.embed_proj = nn.Linear(width, network.hidden_size, bias=False)
         self.LayerNorm = LayerNorm(network.hidden_size, network.layer_norm_eps)
         self.dropout_prob = network.hidden_dropout_prob
+        self.compiles = compiles
 
     def normalize(
         self,
@@ -127,7 +155,7 @@ class _Embeddings(nn.Module):
         if attention_mask_BL is not None:
             hidden_BLD = hidden_BLD * attention_mask_BL[:, :, None].to(hidden_BLD.dtype)
         site = dropout_site(dropout_key, _EMBEDDINGS_LAYER, 0)
-        return dropout(hidden_BLD, self.dropout_prob, site).to(dtype)
+        return drop(hidden_BLD, self.dropout_prob, site, self.compiles).to(dtype)
 
 
 class GeneratorEmbeddings(_Embeddings):
@@ -140,7 +168,7 @@ class GeneratorEmbeddings(_Embeddings):
     """
 
     def __init__(self, network: NetworkSection, model: ModelSection, has_decoder: bool) -> None:
-        super().__init__(network)
+        super().__init__(network, compiles_layers(model))
         width = network.word_embedding_size
         self.word_embeddings = nn.Embedding(model.vocab_size, width, padding_idx=PAD_ID)
         self.position_embeddings = None
@@ -199,7 +227,7 @@ class DiscriminatorEmbeddings(_Embeddings):
     def __init__(
         self, network: NetworkSection, model: ModelSection, sharing: EmbeddingSharing
     ) -> None:
-        super().__init__(network)
+        super().__init__(network, compiles_layers(model))
         self.sharing = sharing
         self.position_biased_input = network.position_biased_input
         width, positions = network.word_embedding_size, network.max_position_embeddings

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.config import ModelSection, NetworkSection
-from pipeline.modeling.embeddings import LayerNorm
+from pipeline.modeling.embeddings import LayerNorm, compiles_layers
 from pipeline.modeling.vocabulary_head import MlmOutput, vocabulary_head
 from pipeline.rtd import DrawKey
 
@@ -27,12 +27,13 @@ class MlmHead(nn.Module):
 
     Args:
         network: Sizes.
-        model: Vocabulary size.
+        model: Vocabulary size and compilation.
     """
 
     def __init__(self, network: NetworkSection, model: ModelSection) -> None:
         super().__init__()
         width = network.word_embedding_size
+        self.compiles = compiles_layers(model)
         self.dense = nn.Linear(network.hidden_size, width)
         self.LayerNorm = LayerNorm(width, network.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(model.vocab_size))
@@ -69,6 +70,7 @@ class MlmHead(nn.Module):
             targets_BK,
             positions_BK,
             draw,
+            compiles=self.compiles,
         )
 
 

@@ -23,11 +23,17 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.config import ModelSection, NetworkSection
 from pipeline.counter_rng import DropoutKey, dropout
 from pipeline.modeling.attention import KeySide, disentangled_attention
-from pipeline.modeling.embeddings import LayerNorm, dropout_site
+from pipeline.modeling.compiled import draw_bits, drop
+from pipeline.modeling.compiled_attention import compiled_attention
+from pipeline.modeling.embeddings import LayerNorm, compiles_layers, dropout_site
 from pipeline.modeling.relative_positions import RelativePositions
 
 # Dropout sites of a layer; `convolution.py` has the next one of layer 0.
 _ATTENTION_PROBS, _ATTENTION_OUTPUT, _FEED_FORWARD_OUTPUT, _RELATIVE_TABLE = range(4)
+
+
+# No graph makes these faster, and they draw their dropout inside.
+_FUSED_BACKENDS = ("triton", "disentangled_flash")
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class DisentangledSelfAttention(nn.Module):
 
     Args:
         network: Sizes and dropout.
-        model: Attention backend and activation checkpointing.
+        model: Attention backend, activation checkpointing and compilation.
     """
 
     def __init__(self, network: NetworkSection, model: ModelSection) -> None:
@@ -79,6 +85,7 @@ class DisentangledSelfAttention(nn.Module):
         self.table_dropout = network.hidden_dropout_prob
         self.backend = model.attention_backend
         self.recomputes = model.activation_checkpointing == "attention"
+        self.compiles = compiles_layers(model)
 
     def _split_heads(self, x_BLD: torch.Tensor) -> torch.Tensor:
         return x_BLD.unflatten(-1, (-1, self.head_size)).permute(2, 0, 1, 3)
@@ -114,7 +121,7 @@ class DisentangledSelfAttention(nn.Module):
         if context.relative_table_RD is None:
             return keys
         site = dropout_site(context.dropout_key, layer, _RELATIVE_TABLE)
-        table_1RD = dropout(context.relative_table_RD, self.table_dropout, site)[None]
+        table_1RD = drop(context.relative_table_RD, self.table_dropout, site, self.compiles)[None]
         return replace(
             keys,
             rel_key_HRd=self._split_heads(self.key_proj(table_1RD))[:, 0],
@@ -135,11 +142,19 @@ class DisentangledSelfAttention(nn.Module):
         Returns:
             [B, Q, D].
         """
+        query_HBQd = self._split_heads(self.query_proj(query_BQD))
+        attend, backend = disentangled_attention, self.backend
+        if self.compiles and backend in _FUSED_BACKENDS:
+            # They leave the decoder's selected rows to torch.
+            if query_HBQd.shape[2] != keys.key_HBLd.shape[2]:
+                attend, backend = compiled_attention, "torch"
+        elif self.compiles:
+            attend = compiled_attention
         context_HBQd = maybe_recompute(
             self.recomputes,
-            disentangled_attention,
-            self.backend,
-            self._split_heads(self.query_proj(query_BQD)),
+            attend,
+            backend,
+            query_HBQd,
             keys,
             context.relative,
             context.attention_mask_BL,
@@ -155,13 +170,15 @@ class ResidualOutput(nn.Module):
     Args:
         input_size: Width of the input.
         network: Hidden size, epsilon and dropout.
+        model: Whether what follows the projection is compiled.
     """
 
-    def __init__(self, input_size: int, network: NetworkSection) -> None:
+    def __init__(self, input_size: int, network: NetworkSection, model: ModelSection) -> None:
         super().__init__()
         self.dense = nn.Linear(input_size, network.hidden_size)
         self.LayerNorm = LayerNorm(network.hidden_size, network.layer_norm_eps)
         self.dropout_prob = network.hidden_dropout_prob
+        self.compiles = compiles_layers(model)
 
     def forward(
         self,
@@ -184,7 +201,11 @@ class ResidualOutput(nn.Module):
             [B, Q, D].
         """
         site = dropout_site(dropout_key, layer, where)
-        return self.LayerNorm(residual_BQD + dropout(self.dense(x), self.dropout_prob, site))
+        projected_BQD = self.dense(x)
+        if self.compiles:
+            bits = draw_bits(site, projected_BQD.shape, self.dropout_prob)
+            return self.LayerNorm(projected_BQD, residual_BQD, bits, self.dropout_prob)
+        return self.LayerNorm(residual_BQD + dropout(projected_BQD, self.dropout_prob, site))
 
 
 class Attention(nn.Module):
@@ -192,13 +213,13 @@ class Attention(nn.Module):
 
     Args:
         network: Sizes and dropout.
-        model: Attention backend and activation checkpointing.
+        model: Attention backend, activation checkpointing and compilation.
     """
 
     def __init__(self, network: NetworkSection, model: ModelSection) -> None:
         super().__init__()
         self.self = DisentangledSelfAttention(network, model)
-        self.output = ResidualOutput(network.hidden_size, network)
+        self.output = ResidualOutput(network.hidden_size, network, model)
 
 
 class Intermediate(nn.Module):
@@ -229,14 +250,14 @@ class EncoderLayer(nn.Module):
 
     Args:
         network: Sizes and dropout.
-        model: Attention backend and activation checkpointing.
+        model: Attention backend, activation checkpointing and compilation.
     """
 
     def __init__(self, network: NetworkSection, model: ModelSection) -> None:
         super().__init__()
         self.attention = Attention(network, model)
         self.intermediate = Intermediate(network)
-        self.output = ResidualOutput(network.intermediate_size, network)
+        self.output = ResidualOutput(network.intermediate_size, network, model)
 
     def forward(
         self,

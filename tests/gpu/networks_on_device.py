@@ -12,6 +12,8 @@ from pipeline.modeling.pair import shared_rows
 from pipeline.rtd import CorruptedBatch, DrawKey, corrupt
 from tests.reference.small_networks import model_section, network_section, scramble
 
+BACKENDS = ("eager", "torch", "triton")
+"""On a CPU the last one is computed by the one before it."""
 VOCABULARY = 1_001
 MASK_ID = VOCABULARY - 1
 SIZES = {
@@ -24,11 +26,11 @@ SIZES = {
 }
 
 
-def pair(device, dtype=torch.float32, layers=2, **model):
+def pair(device, dtype=torch.float32, layers=2, sizes=SIZES, **model):
     """A generator and a discriminator that are the same on every device."""
-    section = model_section(vocab_size=VOCABULARY, **model)
+    section = model_section(vocab_size=VOCABULARY).model_copy(update=model)
     networks = [
-        kind(network_section(layers, **SIZES), section, ObjectiveSection())
+        kind(network_section(layers, **sizes), section, ObjectiveSection())
         for kind in (Generator, Discriminator)
     ]
     scrambled = [scramble(n, seed, scale=0.05) for seed, n in enumerate(networks, 1)]

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from pipeline.modeling.vocabulary_head import _product, vocabulary_head
 from pipeline.rtd import CorruptedBatch, DrawKey
 from tests.gpu.networks_on_device import (
+    BACKENDS,
     MicroBatch,
     discriminator_loss,
     dropout_keys,
@@ -41,7 +42,7 @@ def relative_error(found, expected):
 
 
 @pytest.mark.parametrize("drops", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_fp32_training_step(device, backend, drops):
     arguments = (LENGTHS[device.type], drops)
     found = losses_and_gradients(device, torch.float32, *arguments, attention_backend=backend)
@@ -52,7 +53,7 @@ def test_fp32_training_step(device, backend, drops):
             assert relative_error(found[1][name], gradient) < 2e-5, name
 
 
-@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bf16_training_step_stays_near_the_exact_one(device, backend):
     arguments = (LENGTHS[device.type], False)
     found = losses_and_gradients(device, torch.bfloat16, *arguments, attention_backend=backend)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import rounds, run
+from tests.benchmarks import readme_table, rounds, run
+from tests.benchmarks.readme_table import BEGIN, END, ROWS, table
 from tests.benchmarks.rounds import Case, Outcome, measure, slug
 
 RESULTS = Path(run.__file__).parent / "results"
@@ -93,6 +94,71 @@ def test_the_table_of_results_is_made_from_the_files(tmp_path):
         (tmp_path / path.name).write_text(path.read_text())
     run.write_readme(tmp_path)
     assert (tmp_path / "README.md").read_text() == (RESULTS / "README.md").read_text()
-    assert {json.loads(p.read_text())["benchmark"] for p in RESULTS.glob("*.json")} == set(
-        run.NAMES
+    found = run.load(RESULTS, "*.json", without=run.GPU_FILES)
+    assert {result["benchmark"] for result in found} == set(run.NAMES)
+
+
+GPU_CELLS = {
+    "transformers": {
+        "status": "measured",
+        "date": "2030-01-02",
+        "against": "ours, triton, compiled layer",
+        "ratio": 3.111,
+        "tokens_per_second": 30_000.0,
+        "ours_tokens_per_second": 111_000.0,
+        "ours_mfu": 0.364,
+        "mfu": 0.12,
+        "peak_gib": 50.0,
+        "beyond_state_gib": 40.0,
+        "ours_peak_gib": 20.0,
+        "ours_beyond_state_gib": 12.0,
+    },
+    "flash": {"status": "failed", "date": "2030-01-02", "reason": "no such module"},
+}
+
+
+def gpu_result(folder, date="2030-01-02", name="h100", **cells):
+    document = {
+        "benchmark": "gpu-step",
+        "size": "large",
+        "device": f"NVIDIA {name}",
+        "cells": {**GPU_CELLS, **cells},
+    }
+    document["cells"] = {key: {**cell, "date": date} for key, cell in document["cells"].items()}
+    (folder / f"gpu-step-large-{name}.json").write_text(json.dumps(document))
+
+
+def test_cells_of_a_gpu_have_a_table_of_their_own(tmp_path):
+    gpu_result(tmp_path)
+    run.write_readme(tmp_path)
+    rows = (tmp_path / "README.md").read_text().splitlines()
+    measured = "| 3.11 | 30,000 | 111,000 | 0.12 | 50 | 40 | 2030-01-02 |"
+    assert any(row.startswith("| step | large | NVIDIA h100 | tr") for row in rows)
+    assert any(row.endswith(f"| ours, triton, compiled layer {measured}") for row in rows)
+    assert any("| flash |  | failed: no such module |" in row for row in rows)
+    assert all(row.count("|") == len(run.GPU_COLUMNS) + 1 for row in rows if "h100" in row)
+
+
+def test_the_readmes_table_says_where_each_figure_is_from(tmp_path):
+    assert table(tmp_path).count("| not measured |") == len(ROWS) - 1
+    assert "| 114k to 118k (37 to 39 %) | modelled: roofline of an H100 |" in table(tmp_path)
+    gpu_result(tmp_path)
+    lines = table(tmp_path).splitlines()
+    where = "measured, NVIDIA h100, 2030-01-02"
+    assert f"| step of large against transformers eager | 2.5x | 3.3x | 3.11x | {where} |" in lines
+    assert any(line.endswith(f"| 111,000 (36%) | {where} |") for line in lines)
+    assert any(line.endswith(f"| 30% (total 20.0 of 50.0 GiB) | {where} |") for line in lines)
+    gpu_result(
+        tmp_path, "2031-05-06", "h200", transformers={**GPU_CELLS["transformers"], "ratio": 4}
     )
+    assert "| 4.00x | measured, NVIDIA h200, 2031-05-06 |" in table(tmp_path)
+
+
+def test_the_table_goes_between_the_marks_of_a_page(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert readme_table.main(["--results", str(tmp_path), "--write", str(page)]) == 0
+    assert page.read_text() == f"before\n{BEGIN}\n{table(tmp_path)}{END}\nafter\n"
+    page.write_text("nothing")
+    with pytest.raises(SystemExit, match=r"page\.md lacks the lines"):
+        readme_table.main(["--results", str(tmp_path), "--write", str(page)])

@@ -165,7 +165,7 @@ def test_words(word, section, key, value):
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1] is 1.0; it must be less than 1.0"),
         ("run.deterministic=yes", 'run.deterministic is "yes"; it must be true or false'),
         ("model.attention_backend=flash", "model.attention_backend is \"flash\"; it must be"
-         " 'eager' or 'torch'"),
+         " 'eager', 'torch', 'triton' or 'disentangled_flash'"),
         ("generator.num_attention_heads=5", "generator.num_attention_heads 5 does not divide"
          " hidden_size 192"),
     ],

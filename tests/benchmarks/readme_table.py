@@ -1,0 +1,265 @@
+"""The performance table of the project's README, made from the result files.
+
+    python tests/benchmarks/readme_table.py            prints it
+    python tests/benchmarks/readme_table.py --write README.md
+
+A row says what is asked for and what was found, and how: measured on which device and when, counted
+exactly, or only modelled. The newest result of a GPU counts.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BEGIN = "<!-- made by tests/benchmarks/readme_table.py from tests/benchmarks/results -->"
+END = "<!-- end of the table -->"
+ABSENT = "not measured"
+MODEL = "modelled: roofline of an H100"
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A figure, and where it comes from."""
+
+    figure: str
+    how: str
+
+
+Finder = Callable[[list[Result]], Found | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is asked for."""
+
+    what: str
+    at_least: str
+    aim: str
+    find: Finder
+    otherwise: Found = Found("", ABSENT)
+
+
+def measured(result: Result, date: str) -> str:
+    """Where and when."""
+    return f"measured, {result['device']}, {date}"
+
+
+def newest(results: list[Result], benchmark: str, size: str | None = None) -> list[Result]:
+    """Results of a benchmark, the newest first."""
+    found = [r for r in results if r["benchmark"] == benchmark and r.get("size") == size]
+
+    def date(result: Result) -> str:
+        return result.get("date") or max(c["date"] for c in result["cells"].values())
+
+    return sorted(found, key=date, reverse=True)
+
+
+def ratio(benchmark: str, case: str, peer: str) -> Finder:
+    """A ratio of a CPU benchmark."""
+
+    def find(results: list[Result]) -> Found | None:
+        for result in newest(results, benchmark):
+            for row in result["ratios"]:
+                if (row["case"], row["peer"]) == (case, peer):
+                    return Found(f"{row['median']:.2f}x", measured(result, result["date"]))
+        return None
+
+    return find
+
+
+def traffic(ours: str) -> Finder:
+    """Bytes of our layer, and of transformers' beside them."""
+
+    def find(results: list[Result]) -> Found | None:
+        for result in newest(results, "traffic"):
+            facts = result["facts"]
+            name = f"KiB a token, dropout 0, {ours}"
+            if name in facts:
+                theirs = facts["KiB a token, dropout 0, transformers"]
+                text = f"{facts[name]:,.0f} KiB (transformers {theirs:,.0f})"
+                return Found(text, f"counted, {result['date']}")
+        return None
+
+    return find
+
+
+def cell(part: str, name: str, show: Callable[[dict[str, Any]], str | None]) -> Finder:
+    """A figure of a cell on a GPU, at large."""
+
+    def find(results: list[Result]) -> Found | None:
+        for result in newest(results, f"gpu-{part}", "large"):
+            found = result["cells"].get(name, {"status": "absent"})
+            text = show(found) if found["status"] == "measured" else None
+            if text is not None:
+                return Found(text, measured(result, found["date"]))
+        return None
+
+    return find
+
+
+def show_ratio(found: dict[str, Any]) -> str:
+    """How many times the peer's rate."""
+    return f"{found['ratio']:.2f}x"
+
+
+def show_rate(found: dict[str, Any]) -> str:
+    """Ours, with MFU where the peak is known."""
+    mfu = f" ({found['ours_mfu']:.0%})" if "ours_mfu" in found else ""
+    return f"{found['ours_tokens_per_second']:,.0f}{mfu}"
+
+
+def show_memory(found: dict[str, Any]) -> str | None:
+    """Ours as a share of the peer's, and both totals."""
+    if "beyond_state_gib" not in found:
+        return None
+    share = found["ours_beyond_state_gib"] / found["beyond_state_gib"]
+    return f"{share:.0%} (total {found['ours_peak_gib']:.1f} of {found['peak_gib']:.1f} GiB)"
+
+
+OP = "32 x 512: "
+ROWS = [
+    Row(
+        "aten bytes a token and layer, dropout 0, `torch`",
+        *("1,060 KiB", "900"),
+        traffic("ours, torch"),
+    ),
+    Row(
+        "the same, compiled layer with `triton`, its inner traffic included",
+        *("600 KiB", "400"),
+        traffic("ours, triton, compiled layer"),
+    ),
+    Row(
+        "scaled step, CPU, against naive transformers",
+        *("1.4x", "1.5x"),
+        ratio("step", "ours", "transformers"),
+    ),
+    Row(
+        "scaled step, CPU, against the released algorithm",
+        *("1.04x", "1.1x"),
+        ratio("step", "ours", "released algorithm"),
+    ),
+    Row(
+        "attention, both passes, B32 H16 S512 d64, against transformers eager",
+        *("4x", "6x"),
+        cell("attention", f"{OP}transformers", show_ratio),
+    ),
+    Row(
+        "the same against disentangled-flash 1.1.1",
+        *("2x", "3x"),
+        cell("attention", f"{OP}disentangled-flash", show_ratio),
+    ),
+    Row(
+        "step of large against transformers eager",
+        *("2.5x", "3.3x"),
+        cell("step", "transformers", show_ratio),
+    ),
+    Row(
+        "against transformers compiled, masked logits",
+        *("1.15x", "1.25x"),
+        cell("step", "transformers, compiled, masked logits", show_ratio),
+    ),
+    Row(
+        "against transformers with disentangled-flash",
+        *("1.3x", "1.6x"),
+        cell("step", "transformers, masked logits, disentangled-flash", show_ratio),
+    ),
+    Row(
+        "large, tokens/s on one H100 (MFU)",
+        *("110k (36 %)", "122k (40 %)"),
+        cell("step", "transformers", show_rate),
+        Found("114k to 118k (37 to 39 %)", MODEL),
+    ),
+    Row(
+        "peak memory less weights, gradients and optimizer state, of transformers'",
+        *("40 %", "30 %"),
+        cell("step", "transformers", show_memory),
+    ),
+    Row(
+        "loader, warm, against Megatron's IndexedDataset",
+        *("4x", ""),
+        ratio("loader", "batches", "IndexedDataset"),
+    ),
+    Row(
+        "against Hugging Face datasets, torch format",
+        *("10x", ""),
+        ratio("loader", "batches", "arrow, torch"),
+    ),
+    Row(
+        "loader, cold, against Megatron's IndexedDataset",
+        *("50x", ""),
+        ratio("loader-cold", "whole pass", "IndexedDataset"),
+    ),
+    Row(
+        "masking against DataCollatorForLanguageModeling",
+        *("50x", ""),
+        ratio("masking", "uniform", "collator"),
+    ),
+    Row(
+        "masking against the original's generator",
+        *("100x", ""),
+        ratio("masking", "windowed", "original"),
+    ),
+]
+COLUMNS = ("what", "at least", "aim", "found", "how")
+
+
+def table(folder: Path) -> str:
+    """Make the table.
+
+    Args:
+        folder: Of result files.
+
+    Returns:
+        Markdown.
+    """
+    files = sorted(folder.glob("*.json"))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    for row in ROWS:
+        found = row.find(results) or row.otherwise
+        lines.append((row.what, row.at_least, row.aim, found.figure, found.how))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def replaced(text: str, made: str) -> str | None:
+    """Put a table between the marks of a page; None where it has none."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        return None
+    return f"{head}{BEGIN}\n{made}{END}{tail}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, or put it into a page.
+
+    Args:
+        argv: Words after the program's name; the process's own where None.
+
+    Returns:
+        Exit code.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--write", type=Path, help="a page with the marks of the table")
+    options = parser.parse_args(argv)
+    made = table(options.results)
+    if options.write is None:
+        print(made, end="")
+        return 0
+    page = replaced(options.write.read_text(encoding="utf-8"), made)
+    if page is None:
+        sys.exit(f"{options.write} lacks the lines {BEGIN!r} and {END!r}, between which it belongs")
+    options.write.write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
