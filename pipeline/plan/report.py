@@ -1,0 +1,304 @@
+"""A plan for people and for programs: every figure with where it comes from.
+
+counted    exact for the code and DeepSpeed 0.19.8 as they are; tests hold it
+modelled   from assumptions, which the figure names
+measured   from a benchmark on that type of GPU, which the figure names
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Literal
+
+from pipeline.plan.memory import FRAGMENTATION
+from pipeline.plan.planning import Alternative, Plan
+
+Kind = Literal["counted", "modelled", "measured"]
+_GIB = 1 << 30
+_ROOFLINE = (
+    "roofline: matrix products at 71 % of the peak, attention kernels at 35 %, all else at 85 % of"
+    " the memory's bandwidth"
+)
+_COUNTED_MEMORY = {
+    "batches": "ids of all micro batches of a step",
+    "rows of E_G": "fp32 rows that the discriminator reads",
+    "gradient of E_G": "waits from the head's backward pass to the embeddings'",
+}
+_MODELLED_MEMORY = {
+    "workspace of a layer": "of the largest operations",
+    "logits of a chunk": "of the largest operations",
+    "CUDA context, cuBLAS, NCCL": "assumed: 0.73 GiB, and 0.5 GiB for several GPUs",
+    "allocator": f"assumed: {FRAGMENTATION:.0%} lost to fragmentation",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a plan."""
+
+    section: str
+    name: str
+    value: float | int | str
+    unit: str
+    text: str
+    """The value for people."""
+    kind: Kind
+    source: str
+    """How it was counted, what it assumes, or who measured it."""
+
+
+def figures(plan: Plan, price_per_gpu_hour: float | None) -> list[Figure]:
+    """List all numbers of a plan.
+
+    Args:
+        plan: The plan.
+        price_per_gpu_hour: In whatever currency; None leaves the cost out.
+
+    Returns:
+        Figures by section.
+    """
+    return [
+        *_memory(plan),
+        *_speed(plan, price_per_gpu_hour),
+        *_communication(plan),
+        *_storage(plan),
+    ]
+
+
+def _memory(plan: Plan) -> Iterator[Figure]:
+    section = f"memory of a GPU, at its peak ({plan.peak.phase})"
+    for name, count in plan.peak.parts.items():
+        kind, source = "counted", _COUNTED_MEMORY.get(name, "DeepSpeed's tensors")
+        if name in _MODELLED_MEMORY:
+            kind, source = "modelled", _MODELLED_MEMORY[name]
+        elif name.startswith(("activations", "relative")):
+            kind, source = _activation_source(plan)
+        yield _bytes(section, name, count, kind, source)
+    gpu = plan.cluster.gpu
+    room = gpu.memory_bytes - plan.peak.total
+    verdict = f"{_gib(room)} to spare" if plan.fits else f"{_gib(-room)} too much"
+    source = f"the sum of the above; of {_gib(gpu.memory_bytes)}: {verdict}"
+    yield _bytes(section, "total", plan.peak.total, "modelled", source)
+    if plan.peak.host:
+        source = "offloaded state, from DeepSpeed's source; held by no test"
+        yield _bytes(section, "in CPU memory, a rank", plan.peak.host, "counted", source)
+
+
+def _activation_source(plan: Plan) -> tuple[Kind, str]:
+    """How activations are known, which depends on who computes them."""
+    model = plan.config.model
+    if plan.sharding.config.precision == "autocast":
+        return "modelled", "as in fp32; autocast keeps copies of weights and halves of others"
+    if model.compile == "layer":
+        return "modelled", "tensors that autograd keeps without graphs, and masks as bits"
+    if model.attention_backend not in ("eager", "torch"):
+        return "counted", "counted from the fused kernels' design: no L x L tensor is kept"
+    return "counted", "tensors that autograd keeps"
+
+
+def _speed(plan: Plan, price: float | None) -> Iterator[Figure]:
+    section, step = "speed", plan.step
+    kind, source = "modelled", _ROOFLINE
+    if plan.measurement is not None:
+        row = plan.measurement
+        kind = "measured"
+        source = f"{row.source}, {row.device}, {row.date}; updates and communication are modelled"
+
+    def figure(name: str, value: float, unit: str, text: str, why: str = source) -> Figure:
+        return Figure(section, name, value, unit, text, kind, why)
+
+    micro = plan.batch.gradient_accumulation_steps
+    yield figure(
+        "forward and backward passes",
+        step.computing,
+        "seconds",
+        f"{step.computing:.3f} s",
+        f"{micro} micro steps; {source}",
+    )
+    yield figure(
+        "sums, norms, Adam",
+        step.updating,
+        "seconds",
+        f"{step.updating:.3f} s",
+        "bytes of gradients and state / 85 % of the memory's bandwidth",
+    )
+    yield figure(
+        "waiting for other ranks",
+        step.exposed,
+        "seconds",
+        f"{step.exposed:.3f} s",
+        "communication that DeepSpeed does not hide",
+    )
+    yield figure("step", step.total, "seconds", f"{step.total:.3f} s", "the sum of the above")
+    rate, gpus = plan.tokens_per_second, plan.cluster.num_gpus
+    tokens = f"{plan.tokens_per_step:,} tokens of a step / its seconds"
+    yield figure("tokens a second", rate, "tokens/second", f"{rate:,.0f}", tokens)
+    each = f"{rate / gpus:,.0f}"
+    yield figure("tokens a second and GPU", rate / gpus, "tokens/second", each, f"{gpus} GPUs")
+    flops = plan.flops_per_token
+    text = f"{flops / 1e9:.3f} GFLOP"
+    source_of_flops = "the minimal exact algorithm, forward and backward"
+    yield Figure(section, "FLOPs a token", flops, "FLOP", text, "counted", source_of_flops)
+    peak = f"of {plan.cluster.gpu.bf16_flops / 1e12:,.0f} TFLOP/s, dense bf16"
+    yield figure("MFU", plan.mfu, "share", f"{plan.mfu:.1%}", peak)
+    days = plan.run_seconds / 86_400
+    steps = f"{plan.config.schedule.max_steps:,} steps; without evaluations, commits and failures"
+    yield figure("run", plan.run_seconds, "seconds", f"{days:,.1f} days", steps)
+    yield figure("GPU-hours", plan.gpu_hours, "hours", f"{plan.gpu_hours:,.0f}", "days x GPUs x 24")
+    if price is not None:
+        cost = plan.gpu_hours * price
+        yield figure("cost", cost, "money", f"{cost:,.0f}", f"at {price:g} a GPU-hour")
+
+
+def _communication(plan: Plan) -> Iterator[Figure]:
+    section, ranks = "communication of a GPU, a step", plan.cluster.num_gpus
+    for each in plan.collectives:
+        sent = each.sent_bytes(ranks)
+        name = f"{each.engine}: {each.purpose}"
+        hidden = ", while computing" if each.is_overlapped else ""
+        source = f"{each.operation} of {each.payload_bytes / 1e9:,.3f} GB on a ring{hidden}"
+        text = f"{sent / 1e9:,.3f} GB"
+        yield Figure(section, name, sent, "bytes", text, "counted", source)
+    ring = plan.cluster.ring_bytes_per_second
+    seconds = plan.step.communicating
+    source = f"assumed: {ring / 1e9:,.0f} GB/s on a ring through {plan.cluster.num_nodes} nodes"
+    yield Figure(section, "time", seconds, "seconds", f"{seconds:.3f} s", "modelled", source)
+
+
+def _storage(plan: Plan) -> Iterator[Figure]:
+    section, storage = "disks", plan.storage
+    text = f"{storage.commit_bytes / 1e9:,.2f} GB"
+    source = "fp32 weights and Adam's averages of all networks"
+    yield Figure(section, "a checkpoint", storage.commit_bytes, "bytes", text, "counted", source)
+    newest = storage.kept_commits - storage.milestones - 1
+    text = f"{storage.disk_bytes / 1e9:,.1f} GB"
+    source = f"the newest {newest}, {storage.milestones} milestones, and one that is being written"
+    yield Figure(section, "checkpoints", storage.disk_bytes, "bytes", text, "counted", source)
+    tokens = storage.train_tokens
+    text = f"{tokens / 1e9:,.1f} billion"
+    yield Figure(
+        section, "tokens trained on", tokens, "tokens", text, "counted", "all steps, padding too"
+    )
+    text = f"{storage.data_bytes / 1e9:,.1f} GB"
+    if storage.dataset_tokens is None:
+        source = "4 bytes a token, if every token is seen once"
+    else:
+        source = f"4 bytes a token; {storage.epochs:,.2f} epochs of {plan.config.data.path}"
+    yield Figure(section, "dataset", storage.data_bytes, "bytes", text, "counted", source)
+
+
+def _bytes(section: str, name: str, count: int, kind: Kind, source: str) -> Figure:
+    return Figure(section, name, count, "bytes", _gib(count), kind, source)
+
+
+def _gib(count: float) -> str:
+    if count >= _GIB / 10:
+        return f"{count / _GIB:,.2f} GiB"
+    return f"{count / (1 << 20):,.2f} MiB"
+
+
+def plan_lines(plan: Plan, price_per_gpu_hour: float | None) -> list[str]:
+    """Write a plan for people: a heading, then a line for each figure.
+
+    Args:
+        plan: The plan.
+        price_per_gpu_hour: Of a GPU-hour; None leaves the cost out.
+
+    Returns:
+        Lines.
+    """
+    cluster, model = plan.cluster, plan.config.model
+    nodes = "1 node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
+    compiles = model.compile
+    lines = [
+        f"{cluster.num_gpus} x {cluster.gpu.name} in {nodes}: {plan.settings}",
+        f"{plan.sharding.config.precision}, attention backend {model.attention_backend},"
+        f" compile {compiles}; {plan.batch.explain(plan.config.data.sequence_length)}",
+    ]
+    rows = figures(plan, price_per_gpu_hour)
+    width = max(len(row.name) for row in rows)
+    for name, group in groupby(rows, lambda row: row.section):
+        lines += ["", name]
+        lines += [f"  {r.name:<{width}} {r.text:>15}  {r.kind:<8}  {r.source}" for r in group]
+    return lines
+
+
+def alternative_lines(alternatives: list[Alternative], chosen: Plan | None) -> list[str]:
+    """Write the settings that were tried.
+
+    Args:
+        alternatives: From `propose`.
+        chosen: The proposal.
+
+    Returns:
+        Lines: for each stage and checkpointing the fastest micro batch that fits, and why the next
+        one does not.
+    """
+    lines = ["", "ZeRO  checkpointing  micro batch        peak  tokens a second  does not fit"]
+    for each in alternatives:
+        cells = f"{'none':>11}  {'':>10}  {'':>15}"
+        if each.best is not None:
+            best = each.best
+            micro = best.batch.train_micro_batch_size_per_gpu
+            cells = f"{micro:>11}  {_gib(best.peak.total):>10}  {best.tokens_per_second:>15,.0f}"
+        mark = "-> " if chosen is not None and each.best is chosen else "   "
+        lines.append(
+            f"{mark}{each.stage}  {each.checkpointing:<13}  {cells}  {_beyond(each.too_large)}"
+        )
+    if chosen is None:
+        lines.append("nothing fits: take GPUs with more memory, a smaller network or length")
+    else:
+        lines.append(f"proposed: {chosen.settings}")
+    return lines
+
+
+def backend_lines(plans: list[Plan]) -> list[str]:
+    """Write what other attention backends would do.
+
+    Args:
+        plans: From `other_backends`.
+
+    Returns:
+        Lines.
+    """
+    lines = ["", "attention backend  compile  micro batch        peak  tokens a second"]
+    for plan in plans:
+        model = plan.config.model
+        micro = plan.batch.train_micro_batch_size_per_gpu
+        lines.append(
+            f"{model.attention_backend:<17}  {model.compile:<7}  {micro:>11}"
+            f"  {_gib(plan.peak.total):>10}  {plan.tokens_per_second:>15,.0f}"
+        )
+    return lines
+
+
+def _beyond(plan: Plan | None) -> str:
+    """Why the next micro batch does not fit."""
+    if plan is None:
+        return "-"
+    part = max(plan.peak.parts, key=plan.peak.parts.__getitem__)
+    micro, count = plan.batch.train_micro_batch_size_per_gpu, plan.peak.parts[part]
+    return f"{micro}: {_gib(plan.peak.total)}, {part} {_gib(count)}"
+
+
+def plan_values(plan: Plan, price_per_gpu_hour: float | None) -> dict[str, object]:
+    """Describe a plan for programs.
+
+    Args:
+        plan: The plan.
+        price_per_gpu_hour: Of a GPU-hour; None leaves the cost out.
+
+    Returns:
+        JSON-ready values.
+    """
+    return {
+        "micro_batch": plan.batch.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": plan.batch.gradient_accumulation_steps,
+        "train_batch_size": plan.batch.train_batch_size,
+        "zero_stage": plan.sharding.stage,
+        "precision": plan.sharding.config.precision,
+        "activation_checkpointing": plan.config.model.activation_checkpointing,
+        "attention_backend": plan.config.model.attention_backend,
+        "fits": plan.fits,
+        "figures": [asdict(figure) for figure in figures(plan, price_per_gpu_hour)],
+    }
