@@ -141,7 +141,9 @@ MISTAKES = {
     "dropout of one": words(
         "generator.hidden_dropout_prob=1.0", says=["generator.hidden_dropout_prob", "less than 1"]
     ),
-    "unknown choice": words("model.attention_backend=sdpa", says=["'eager' or 'torch'"]),
+    "unknown choice": words(
+        "model.attention_backend=sdpa", says=["'eager', 'torch', 'triton' or 'disentangled_flash'"]
+    ),
     "heads do not divide": words(
         "generator.num_attention_heads=7", says=["7 does not divide hidden_size 192"]
     ),
