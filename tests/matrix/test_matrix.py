@@ -4,6 +4,7 @@
 in the place of DeepSpeed's CPU Adam, which takes a minute to compile.
 """
 
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -15,6 +16,7 @@ from tests.matrix.bounds import BOUNDS
 from tests.matrix.cells import AXES, Cell, every_cell
 from tests.matrix.low_precision import LowPrecision
 from tests.matrix.oracle import load_or_train
+from tests.matrix.run import RESULTS
 from tests.matrix.spanning import pairs_of, spanning
 from tests.matrix.truth import TruthKey, distance
 from tests.matrix.worlds import Request, train_cells
@@ -163,3 +165,17 @@ def test_low_precision_references_follow_the_exact_one(references, precision, li
     apart = distance(low, exact, update)
     assert apart.loss < limit
     assert apart.first_loss < 4 * 2.0**-9
+
+
+def test_the_committed_table_has_an_answer_in_every_cell():
+    found = json.loads(RESULTS.read_text())
+    answers = {Cell(**table.axes(row)): row for row in found["cells"]}
+    assert set(answers) == set(every_cell())
+    assert table.failures(found) == []
+    for cell, row in answers.items():
+        assert ("measured" in row) == cell.trains(), cell
+        assert row.get("refused") == cell.refusal(), cell
+        if "measured" in row:
+            assert BOUNDS[cell.precision].exceeded(row["measured"]) == [], cell
+    assert RESULTS.with_suffix(".md").read_text() == table.markdown(found)
+    assert "not run" not in table.markdown(found)
