@@ -36,8 +36,8 @@ def argmax_for_sampling(patch):
 def temperature_ignored(patch):
     original = heads.vocabulary_head
 
-    def head(*arguments):
-        return original(*arguments[:-1], replace(arguments[-1], temperature=1.0))
+    def head(*arguments, **options):
+        return original(*arguments[:-1], replace(arguments[-1], temperature=1.0), **options)
 
     patch.setattr(heads, "vocabulary_head", head)
 
