@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from data_prep.shards import Dataset
-from pipeline.config import RunConfig
+from pipeline.checkpoint import CheckpointStore
+from pipeline.commit import list_commits
+from pipeline.config import CheckpointSection, RunConfig
 from pipeline.modeling.pair import NetworkPair
 from tests.reference.small_networks import scramble
 
@@ -150,6 +152,38 @@ def take_step(engine: SimpleNamespace) -> None:
     engine.module(torch.ones(2, 7)).square().sum().backward()
     engine.optimizer.step()
     engine.optimizer.zero_grad()
+
+
+CONFIG = '{"format": 1}\n'
+"""What a commit of plain engines has as its configuration."""
+
+
+def store(folder, *, on_published=None, on_progress=lambda: None, **section) -> CheckpointStore:
+    """The store of a single rank; `section` is of [checkpoint]."""
+    return CheckpointStore(
+        folder,
+        CheckpointSection(**section),
+        0,
+        None,
+        on_published=on_published,
+        on_progress=on_progress,
+    )
+
+
+def state(step) -> dict:
+    """A train_state.json."""
+    return {"state": {"step": step}}
+
+
+def steps(folder) -> list[int]:
+    """Steps of the commits in a folder."""
+    return [commit.step for commit in list_commits(folder)]
+
+
+def left_behind(folder) -> set[str]:
+    """Names in a folder that are no commit."""
+    known = {"latest", *(commit.path.name for commit in list_commits(folder))}
+    return {path.name for path in folder.iterdir()} - known
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,11 +1,12 @@
-"""A run with random weights and its export, shared by the tests of export and evaluation."""
+"""What tests of several modules share: a run with random weights, its export, plain engines."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 
-from tests.commits import random_pair, run_config, write_commit
+from pipeline import commit_writer, faults
+from tests.commits import plain_engine, random_pair, run_config, take_step, write_commit
 from tests.reference.released_repositories import Release
 
 STEP = 40
@@ -48,3 +49,20 @@ def release(config):
 def repository(release, tmp_path):
     """A repository with both networks, for tests that damage it."""
     return release.write(tmp_path / "repository", generator="generator.bin")
+
+
+@pytest.fixture
+def engines():
+    """Two plain engines that have taken a step, to be saved."""
+    both = {"generator": plain_engine(1), "discriminator": plain_engine(2)}
+    for engine in both.values():
+        take_step(engine)
+    return both
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """A failed write is tried again at once; what the test broke is whole again afterwards."""
+    monkeypatch.setattr(commit_writer, "FIRST_PAUSE_SECONDS", 0.01)
+    yield
+    faults.configure("", 0)
