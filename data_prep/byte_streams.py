@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import zstandard
 
+from data_prep.locations import open_file
+
 _BUFFER_BYTES = 1 << 20
 # What one step may unpack is bounded by what it is fed: zstd packs 128 KiB into 4 bytes, so 2 KiB
 # can grow to 64 MiB, and no larger. Smaller steps would cost speed, larger ones memory.
@@ -93,7 +95,7 @@ def compression_of(first_bytes: bytes) -> str | None:
     return None
 
 
-def compression_of_file(path: Path) -> str | None:
+def compression_of_file(path: str) -> str | None:
     """Tell the compression of a file by its first bytes.
 
     Args:
@@ -105,7 +107,7 @@ def compression_of_file(path: Path) -> str | None:
     Raises:
         OSError: The file cannot be read.
     """
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return compression_of(file.read(_MAGIC_BYTES))
 
 
@@ -176,11 +178,12 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def open_bytes(path: Path) -> io.BufferedReader:
+def open_bytes(path: str | Path) -> io.BufferedReader:
     """Open a file as its plain bytes.
 
     Args:
-        path: A plain file, or one packed with gzip, xz or zstd (any number of members).
+        path: A path or URL: a plain file, or one packed with gzip, xz or zstd (any number of
+            members).
 
     Returns:
         A buffered stream; reading raises `DamagedInput` where the packed data breaks.
@@ -188,7 +191,7 @@ def open_bytes(path: Path) -> io.BufferedReader:
     Raises:
         OSError: The file cannot be opened.
     """
-    file: io.BufferedReader = io.BufferedReader(path.open("rb", buffering=0), _BUFFER_BYTES)
+    file = open_file(str(path))
     name = compression_of(file.peek(_MAGIC_BYTES)[:_MAGIC_BYTES])
     for known, _, new_decoder in _FORMATS:
         if known == name:

@@ -15,9 +15,10 @@ MALFORMED = frozenset(
     {
         "damaged file",
         "field given twice",
+        "invalid CSV",
         "invalid JSON",
         "invalid UTF-8",
-        "JSON line is not an object",
+        "JSON value is not an object",
         "missing field",
         "text is not a string",
     }

@@ -1,6 +1,6 @@
 """Sources as users name them -> the files that they mean, in a fixed order.
 
-- `find_source_files`: a file, a folder (recursive), a glob or a `datasets` folder as its files.
+- `find_source_files`: a file, folder (recursive), glob, `datasets` folder or URL as its files.
 - `SourceFile`: one of them.
 - `ACCEPTED`: the formats, in words for messages.
 
@@ -11,30 +11,38 @@ whether a file really is compressed is told by its first bytes when it is read.
 import glob
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Literal
+from urllib.parse import urlsplit
 
 from data_prep.errors import UserError
+from data_prep.locations import file_size, is_remote, list_remote
 from data_prep.read_report import ReadReport
 
-Kind = Literal["txt", "jsonl", "parquet", "arrow"]
+Kind = Literal["txt", "jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 
 ACCEPTED = (
-    ".txt, .jsonl (each plain or packed with gzip, zstd or xz), .parquet, and folders that "
-    "`datasets` wrote with save_to_disk"
+    ".txt, .jsonl, .json, .csv, .tsv (each plain or packed with gzip, zstd or xz), .parquet, and "
+    "folders that `datasets` wrote with save_to_disk; also as URLs, such as s3://bucket/folder or "
+    "hf://datasets/OWNER/NAME"
 )
 _KINDS: dict[str, Kind] = {
     ".txt": "txt",
     ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
 _COMPRESSION_SUFFIXES = {".gz", ".gzip", ".zst", ".zstd", ".xz"}
 _DATASET_STATE = "state.json"
-_DATASET_INDEX = "dataset_dict.json"
+_DATASET_FILES = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", _DATASET_STATE}
 _IGNORED = "ignored file"
 
 
@@ -67,7 +75,9 @@ def find_source_files(source: str, report: ReadReport) -> list[SourceFile]:
     """
     path = Path(source)
     ignored_before = report.notes.get(_IGNORED, 0)
-    if path.is_dir():
+    if is_remote(source):
+        files = list(_remote_files(source, report))
+    elif path.is_dir():
         files = list(_walk(path, report, set()))
     elif path.exists():
         return [_named_file(path)]
@@ -75,14 +85,36 @@ def find_source_files(source: str, report: ReadReport) -> list[SourceFile]:
         files = list(_matches(source, report))
     else:
         kind = "is a broken link" if path.is_symlink() else "does not exist"
+        hub = f" (on the Hugging Face hub? then hf://datasets/{source})" * _is_hub_name(source)
         raise UserError(
-            f"source {source} {kind}; accepted are files, folders and globs of {ACCEPTED}"
+            f"source {source} {kind}{hub}; accepted are files, folders and globs of {ACCEPTED}"
         )
     if not files:
         ignored = report.notes.get(_IGNORED, 0) - ignored_before
         others = f" ({ignored} other files were passed over)" if ignored else ""
         raise UserError(f"source {source} holds no text to read{others}; accepted are {ACCEPTED}")
     return sorted(files, key=lambda file: Path(file.path).parts)
+
+
+def _is_hub_name(source: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None
+
+
+def _remote_files(source: str, report: ReadReport) -> Iterator[SourceFile]:
+    urls = list_remote(source)
+    for url in urls:
+        # Behind the path a URL may carry a query: "news.jsonl.gz?download=true".
+        path = PurePosixPath(urlsplit(url).path)
+        kind = kind_of(path)
+        if kind is None and len(urls) == 1 and urlsplit(source).path.endswith(path.name):
+            raise _unknown_format(source)
+        if kind is None or path.name in _DATASET_FILES:
+            report.note(_IGNORED, url, detail="format")
+            continue
+        try:
+            yield SourceFile(url, url, kind, file_size(url))
+        except OSError as error:
+            raise UserError(f"source {url} cannot be read: {error}") from error
 
 
 def _matches(pattern: str, report: ReadReport) -> Iterator[SourceFile]:
@@ -97,7 +129,7 @@ def _matches(pattern: str, report: ReadReport) -> Iterator[SourceFile]:
             yield from _walk(path, report, visited)
 
 
-def kind_of(path: Path) -> Kind | None:
+def kind_of(path: PurePath) -> Kind | None:
     """Tell the format of a file by its name.
 
     Args:
@@ -106,7 +138,7 @@ def kind_of(path: Path) -> Kind | None:
     Returns:
         The format, or None if the name does not tell an accepted one.
     """
-    name = Path(path.name.lower())
+    name = PurePosixPath(path.name.lower())
     if name.suffix in _COMPRESSION_SUFFIXES:
         name = name.with_suffix("")
     return _KINDS.get(name.suffix)
@@ -124,17 +156,21 @@ def _named_file(path: Path) -> SourceFile:
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"source {path} is not a regular file; write its text to a file first")
     if kind is None:
-        raise UserError(
-            f"source {path} is of no known format (the name's suffix tells it); "
-            f"accepted are {ACCEPTED}"
-        )
+        raise _unknown_format(str(path))
     return _source_file(path, kind, status.st_size)
+
+
+def _unknown_format(source: str) -> UserError:
+    return UserError(
+        f"source {source} is of no known format (the name's suffix tells it); accepted are "
+        f"{ACCEPTED}"
+    )
 
 
 def _listed_file(path: Path, report: ReadReport) -> Iterator[SourceFile]:
     """A file that was found: foreign, hidden and special ones are noted and passed over."""
     kind = kind_of(path)
-    if path.name == _DATASET_INDEX:
+    if path.name in _DATASET_FILES:
         return
     if path.name.startswith(".") or kind is None:
         report.note(_IGNORED, str(path), detail="hidden" if path.name[0] == "." else "format")

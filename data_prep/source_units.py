@@ -6,18 +6,19 @@
 
 A plain .jsonl or .txt file above the target size is cut into byte ranges at line ends, so that a
 line belongs to exactly one unit; a Parquet or Arrow file into row groups or record batches. A
-compressed file cannot be entered in the middle and is one unit.
+compressed file cannot be entered in the middle and is one unit; so are .json, .csv and .tsv, whose
+records do not begin at line ends or have their names in the first row.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data_prep.byte_streams import compression_of_file
 from data_prep.columnar import file_row_ranges
 from data_prep.errors import UserError
+from data_prep.locations import open_file
 from data_prep.read_report import ReadReport
 from data_prep.source_files import Kind, SourceFile, find_source_files
 
@@ -201,20 +202,19 @@ def _split_large(
     file: SourceFile, options: ReadOptions, target_bytes: int
 ) -> list[tuple[int, int, int]]:
     if file.kind in ("parquet", "arrow"):
-        return file_row_ranges(Path(file.path), file.kind, options.text_field, target_bytes)
-    path = Path(file.path)
-    if compression_of_file(path) is not None:
+        return file_row_ranges(file.path, file.kind, options.text_field, target_bytes)
+    if file.kind in ("json", "csv", "tsv") or compression_of_file(file.path) is not None:
         return []
-    cuts = _line_starts(path, range(target_bytes, file.num_bytes, target_bytes))
+    cuts = _line_starts(file.path, range(target_bytes, file.num_bytes, target_bytes))
     edges = [0, *cuts, file.num_bytes]
     return [(start, end, end - start) for start, end in pairwise(edges) if end > start]
 
 
-def _line_starts(path: Path, wanted: Iterable[int]) -> list[int]:
+def _line_starts(path: str, wanted: Iterable[int]) -> list[int]:
     """Find the first line start at or after each offset; none twice, perhaps the file's end."""
     starts: list[int] = []
     position = 0
-    with path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
         for offset in wanted:
             # A line longer than the distance of two offsets is scanned once, not once for each.
             if offset <= position:

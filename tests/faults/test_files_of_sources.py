@@ -129,7 +129,7 @@ BROKEN = {
     "another field": ('{"body": "x"}', "missing field"),
     "null": ('{"text": null}', "text is not a string"),
     "a number": ('{"text": 17}', "text is not a string"),
-    "a list": ('["text"]', "JSON line is not an object"),
+    "a list": ('["text"]', "JSON value is not an object"),
     "a field twice": ('{"text": "a", "text": "b"}', "field given twice"),
     "not UTF-8": (b'{"text": "\xff\xfe"}', "invalid UTF-8"),
 }

@@ -153,7 +153,7 @@ def test_what_can_be_read_is_in_the_dataset(prepared):
         ("lines.jsonl", "line 3", "invalid UTF-8"),
         ("lines.jsonl", "line 4", "missing field"),
         ("lines.jsonl", "line 5", "text is not a string"),
-        ("lines.jsonl", "line 6", "JSON line is not an object"),
+        ("lines.jsonl", "line 6", "JSON value is not an object"),
         ("lines.jsonl", "line 7", "empty text"),
         ("broken.txt.gz", None, "damaged file"),
         ("broken.parquet", None, "damaged file"),

@@ -30,7 +30,11 @@ def found(source, report=None) -> list[str]:
         ("a.parquet", "parquet"),
         ("data-00000-of-00001.arrow", "arrow"),
         ("a.gz", None),
-        ("a.csv", None),
+        ("a.ndjson", "jsonl"),
+        ("a.json.gz", "json"),
+        ("a.csv", "csv"),
+        ("a.tsv.xz", "tsv"),
+        ("a.xls", None),
         ("txt", None),
     ],
 )
@@ -79,7 +83,7 @@ def test_links_are_followed_once(tmp_path):
     ],
 )
 def test_a_glob_lists_each_match_once(tmp_path, pattern, names):
-    write(tmp_path, "a.txt", "sub/b.txt", "sub/c.jsonl", "sub/d.csv")
+    write(tmp_path, "a.txt", "sub/b.txt", "sub/c.jsonl", "sub/d.xls")
     assert found(tmp_path / pattern) == [f"{tmp_path}/{name}" for name in names]
 
 
@@ -105,10 +109,10 @@ def test_a_saved_dataset_is_the_files_of_its_state(tmp_path):
     ("make", "source", "message"),
     [
         (lambda f: None, "none.txt", "source .*none.txt does not exist; accepted are .*jsonl"),
-        (lambda f: write(f, "a.csv"), "a.csv", r"source .*a.csv is of no known format"),
+        (lambda f: write(f, "a.xls"), "a.xls", r"source .*a.xls is of no known format"),
         (lambda f: (f / "d").mkdir(), "d", "source .*/d holds no text to read; accepted are"),
         (
-            lambda f: write(f, "d/a.csv", "d/b.md"),
+            lambda f: write(f, "d/a.xls", "d/b.md"),
             "d",
             r"holds no text to read \(2 other files were passed over\); accepted are",
         ),

@@ -1,0 +1,100 @@
+import gzip
+import json
+import lzma
+import random
+
+import pytest
+import zstandard
+
+from data_prep.documents import Document, ReadOptions, ReadReport, plan_units, read_unit
+
+PACKERS = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".xz": lzma.compress,
+}
+
+
+def read(folder, options=ReadOptions()) -> tuple[list[Document], ReadReport]:  # noqa: B008
+    report = ReadReport()
+    units = plan_units([str(folder)], options, report=report)
+    return [d for unit in units for d in read_unit(unit, options, report)], report
+
+
+def texts_and_places(documents) -> list[tuple[str, str]]:
+    return [(document.text, document.position) for document in documents]
+
+
+JSON_FORMS = {
+    "an array over many lines": json.dumps([{"text": "one"}, {"text": "two"}], indent=2).encode(),
+    "one object": b'\xef\xbb\xbf {"id": 1, "text": "one"}\n{"text": "two"}',
+    "json lines": b'{"text": "one"}\n{"text": "two"}\n',
+}
+
+
+@pytest.mark.parametrize("form", JSON_FORMS)
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_a_json_file_is_its_objects(tmp_path, form, suffix):
+    (tmp_path / f"a.json{suffix}").write_bytes(PACKERS[suffix](JSON_FORMS[form]))
+    documents, report = read(tmp_path)
+    assert texts_and_places(documents) == [("one", "value 1"), ("two", "value 2")]
+    assert report.dropped == {}
+
+
+def test_what_is_wrong_in_a_json_file_is_told_and_the_rest_read(tmp_path):
+    values = [b'{"text": "one"}', b"7", b'{"text": 1}', b'{"text" "x"}', b'"' + 2000 * b"x" + b'"']
+    tail = b', {"text": "\xff"}, {"text": "two"}, {"text": '
+    (tmp_path / "a.json").write_bytes(b"[" + b", ".join(values) + tail)
+    documents, report = read(tmp_path, ReadOptions(max_document_bytes=1024))
+    assert texts_and_places(documents) == [("one", "value 1"), ("two", "value 7")]
+    assert report.dropped == {
+        "JSON value is not an object": 1,
+        "text is not a string": 1,
+        "invalid JSON": 1,
+        "too long": 1,
+        "invalid UTF-8": 1,
+        "damaged file": 1,
+    }
+    assert f"{tmp_path}/a.json: value 7: damaged file (the file ends inside a JSON value; " in (
+        "\n".join(report.lines())
+    )
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_the_text_column_of_csv_and_tsv_is_read(tmp_path, suffix):
+    csv_bytes = b'\xef\xbb\xbfid,text\r\n1,"one,\r\n""1"""\r\n2,two\r\n'
+    (tmp_path / f"a.csv{suffix}").write_bytes(PACKERS[suffix](csv_bytes))
+    (tmp_path / f"b.tsv{suffix}").write_bytes(PACKERS[suffix](b'text\tid\n"one"\t1\n'))
+    documents, report = read(tmp_path)
+    assert texts_and_places(documents) == [
+        ('one,\n"1"', "line 2"),
+        ("two", "line 4"),
+        ('"one"', "line 2"),
+    ]
+    assert report.dropped == {}
+    assert report.notes == {"byte order mark removed": 1}
+
+
+def test_what_is_wrong_in_a_csv_file_is_told_and_the_rest_read(tmp_path):
+    rows = b'text,id\none,1\ntwo\n"x"y,3\n' + 2000 * b"x" + b",4\n\xff,5\n,6\nthree,7\n"
+    (tmp_path / "a.csv").write_bytes(rows)
+    (tmp_path / "b.csv").write_bytes(b"body,id\none,1\ntwo,2\n")
+    (tmp_path / "c.csv").write_bytes(b"text,text\none,1\n")
+    (tmp_path / "d.csv.gz").write_bytes(
+        gzip.compress(b"text\n" + random.Random(0).randbytes(5000).hex().encode())[:-2000]
+    )
+    documents, report = read(tmp_path, ReadOptions(max_document_bytes=1024))
+    ours = [document for document in documents if document.source.endswith("a.csv")]
+    assert texts_and_places(ours) == [("one", "line 2"), ("three", "line 8")]
+    assert report.dropped.pop("damaged file") == 1
+    assert f'{tmp_path}/b.csv: line 2: missing field (no column "text" (has: body, id))' in (
+        list(report.lines())
+    )
+    named = {path: cases for files in report.examples.values() for path, cases in files.items()}
+    assert set(named) == {f"{tmp_path}/{name}" for name in ("a.csv", "b.csv", "c.csv", "d.csv.gz")}
+    assert report.dropped["missing field"] == 2
+    assert report.dropped["field given twice"] == 1
+    assert report.dropped["empty text"] == 1
+    assert report.dropped["too long"] == 1
+    assert report.dropped["invalid CSV"] == 2
