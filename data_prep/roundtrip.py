@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.cleaning import split_long
 from data_prep.manifest import SPLITS, Split
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
+from data_prep.word_encoding import BulkEncoder
 
 _TEXT_CHARACTERS = 4096
 
@@ -60,11 +60,11 @@ def measure_roundtrip(
     Returns:
         The counts.
     """
+    encoder = BulkEncoder(tokenizer)
     documents = changed = tokens = tokens_changed = 0
     for ids in sample_ids(dataset, sample_documents):
         text = tokenizer.decode(ids)
-        again = [new for chunk in tokenizer.encode_batch(split_long(text)) for new in chunk]
-        difference = _changed_tokens(ids, np.asarray(again, np.uint32))
+        difference = _changed_tokens(ids, encoder.encode([text]).ids)
         documents += 1
         tokens += ids.size
         changed += difference > 0

@@ -12,15 +12,15 @@ makes a build the same for any number of workers and after any number of kills.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
-from data_prep.cleaning import CleaningOptions, clean_document, split_long
-from data_prep.documents import ReadOptions, Unit, read_unit
+from data_prep.cleaning import CleaningOptions, clean_document
+from data_prep.documents import Document, ReadOptions, Unit, read_unit
 from data_prep.errors import UserError
 from data_prep.manifest import (
     ShardInfo,
@@ -33,6 +33,7 @@ from data_prep.npy_files import hash_blocks
 from data_prep.read_report import ReadReport
 from data_prep.shards import ShardWriter
 from data_prep.tokenizer import Tokenizer
+from data_prep.word_encoding import BATCH_CHARACTERS, BulkEncoder
 
 DROPPED_NAME = "dropped.jsonl"
 MARK_NAME = "done.json"
@@ -154,26 +155,56 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _write_unit(job: UnitJob, unit: Unit, folder: Path) -> UnitMark:
-    tokenizer = _load_tokenizer(job.tokenizer)
+    encoder = _load_encoder(job.tokenizer)
     with ExitStack() as stack:
         log = stack.enter_context((folder / DROPPED_NAME).open("w", encoding="utf-8", newline="\n"))
         report = DropLog(log)
         shards = stack.enter_context(UnitShards(folder, unit.source, job.shard_tokens))
-        for document in read_unit(unit, job.read_options, report):
-            kept = clean_document(document, job.cleaning_options, report)
-            if kept is None:
-                continue
-            text = kept.text.encode()
-            writer = shards.writer(split_of(text, job.heldout_fraction))
-            for chunk in split_long(kept.text):
-                writer.write(tokenizer.encode(chunk))
-            if writer.document_tokens:
-                writer.end_document(len(text))
-            else:
-                report.drop("no tokens", document.source, document.position)
+        for documents in _in_batches(_kept_documents(job, unit, report)):
+            _write_documents(documents, job.heldout_fraction, encoder, shards, report)
         infos = shards.finish()
     plain_report = ReadReport.from_dict(report.to_dict())
     return UnitMark(unit.num_bytes, infos, _sha256(folder / DROPPED_NAME), plain_report)
+
+
+def _kept_documents(job: UnitJob, unit: Unit, report: ReadReport) -> Iterator[Document]:
+    for document in read_unit(unit, job.read_options, report):
+        kept = clean_document(document, job.cleaning_options, report)
+        if kept is not None:
+            yield kept
+
+
+def _in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """As many documents as are encoded at a time; one document may be as long as it likes."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _write_documents(
+    documents: Sequence[Document],
+    heldout_fraction: float,
+    encoder: BulkEncoder,
+    shards: "UnitShards",
+    report: ReadReport,
+) -> None:
+    encoded = encoder.encode([document.text for document in documents])
+    start = 0
+    for document, end in zip(documents, encoded.text_ends.tolist(), strict=True):
+        if end == start:
+            report.drop("no tokens", document.source, document.position)
+            continue
+        text = document.text.encode()
+        writer = shards.writer(split_of(text, heldout_fraction))
+        writer.write(encoded.ids[start:end])
+        writer.end_document(len(text))
+        start = end
 
 
 class DropLog(ReadReport):
@@ -259,8 +290,8 @@ def split_of(text: bytes, heldout_fraction: float) -> Split:
 
 
 @lru_cache(maxsize=1)
-def _load_tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer.load(path)
+def _load_encoder(path: Path) -> BulkEncoder:
+    return BulkEncoder(Tokenizer.load(path))
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,163 @@
+"""Texts -> ids in bulk: the unit of encoding, and a cache that makes it fast.
+
+    encoder = BulkEncoder(tokenizer)
+    batch = encoder.encode(texts)
+    batch.ids[batch.text_ends[0] : batch.text_ends[1]]      the ids of texts[1]
+
+- `BulkEncoder`: many texts at a time, the same ids for any division into batches.
+- `EncodedTexts`: what it returns.
+- `splits_at_spaces`: whether a model allows the unit to be a word.
+
+**The unit of encoding** is a word: a run without space, tab and line feed of a chunk
+(`cleaning.split_long`). SentencePiece encodes a whole text by adding up float32 scores from its
+beginning, so that of two segmentations that are all but equal one is chosen by what stands before;
+a word alone always gives the same ids, in any text. And words repeat: each is encoded once and
+looked up from then on. Where a model's pieces cross spaces, or its normalization keeps tabs and
+line ends, a word is no unit: then the chunk is, without a cache.
+
+Shapes: N ids of a batch.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.cleaning import split_long
+from data_prep.tokenizer import SPACE_MARK, Tokenizer
+
+CACHE_WORDS = 2_000_000
+"""Words that a cache holds before it starts afresh: some 400 MB. Zipf's law makes more useless."""
+BATCH_CHARACTERS = 1 << 20
+"""Text that is looked up at once: enough that a batch costs little beside its words, and 30 MB."""
+
+Ids = npt.NDArray[np.uint32]
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """The ids of some texts, end to end."""
+
+    ids: Ids
+    """uint32 [N]."""
+    text_ends: Counts
+    """Where the ids of each text end, int64 [number of texts]."""
+
+
+def splits_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Tell whether a text's pieces are the pieces of its words.
+
+    Args:
+        tokenizer: The model.
+
+    Returns:
+        Whether the model puts a space mark in front of each word and nowhere else, and takes tabs,
+        line ends and runs of spaces for one space.
+    """
+    pieces = tokenizer.pieces(range(tokenizer.num_pieces))
+    if any(SPACE_MARK in piece[1:] or " " in piece for piece in pieces):
+        return False
+    one, two = tokenizer.encode("a"), tokenizer.encode("b")
+    # Every model has these behaviours or lacks them as a whole; scores play no part in two letters.
+    spaced = (f"a{space}b" for space in (" ", "\t", "\n", "  ", " \n\t"))
+    return all(tokenizer.encode(text) == one + two for text in (*spaced, " a b "))
+
+
+class BulkEncoder:
+    """Encodes texts in bulk; holds a cache of words, so use one for each process.
+
+    Args:
+        tokenizer: The model.
+        cache_words: Words that the cache holds at most.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, cache_words: int = CACHE_WORDS) -> None:
+        self._tokenizer = tokenizer
+        self._cache_words = cache_words
+        self.encodes_words = splits_at_spaces(tokenizer)
+        self._forget()
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """Encode texts; no special tokens are added, none can be spelled.
+
+        Args:
+            texts: Texts without lone surrogates; best a megabyte or more at a time.
+
+        Returns:
+            Their ids, in their order.
+
+        Raises:
+            UnicodeEncodeError: A text holds a lone surrogate.
+        """
+        chunks = [split_long(text) for text in texts]
+        chunk_ends = np.cumsum([len(parts) for parts in chunks], dtype=np.int64)
+        encode = self._words if self.encodes_words else self._chunks
+        batches = [encode(batch) for batch in _batches(chain.from_iterable(chunks))]
+        ids = np.concatenate([np.empty(0, np.uint32), *(ids for ids, _ in batches)])
+        counts = np.concatenate([np.empty(0, np.int64), *(counts for _, counts in batches)])
+        return EncodedTexts(ids, _ends(counts)[chunk_ends])
+
+    def _chunks(self, chunks: list[str]) -> tuple[Ids, Counts]:
+        return _end_to_end(self._tokenizer.encode_batch(chunks))
+
+    def _words(self, chunks: list[str]) -> tuple[Ids, Counts]:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        spaced = [chunk.replace("\t", " ").replace("\n", " ") for chunk in chunks]
+        # Other white space is the model's business; empty words, between two spaces, have no ids.
+        texts = pa.array(spaced, pa.large_string())
+        lists = pc.split_pattern(texts, " ")  # pyright: ignore[reportAttributeAccessIssue]
+        words = lists.flatten().dictionary_encode()
+        rows = self._rows(words.dictionary.to_pylist())[words.indices.to_numpy()]
+        counts = self._counts[rows]
+        ends = _ends(counts)
+        # The place in the table of each id: where its word begins there, and how far into the word.
+        shifts = self._starts[rows] - ends[:-1]
+        ids = self._table[np.repeat(shifts, counts) + np.arange(ends[-1])]
+        return ids, np.diff(ends[lists.offsets.to_numpy()])
+
+    def _rows(self, words: list[str]) -> Counts:
+        """Rows of the cache, one for each word; new words are encoded first."""
+        if len(self._row_of) + len(words) > self._cache_words:
+            self._forget()
+        new = [word for word in words if word not in self._row_of]
+        if new:
+            ids, counts = _end_to_end(self._tokenizer.encode_batch(new))
+            self._row_of.update(zip(new, count(len(self._row_of)), strict=False))
+            self._starts = np.concatenate([self._starts, self._table.size + _ends(counts)[:-1]])
+            self._counts = np.concatenate([self._counts, counts])
+            self._table = np.concatenate([self._table, ids])
+        return np.fromiter(map(self._row_of.__getitem__, words), np.int64, len(words))
+
+    def _forget(self) -> None:
+        self._row_of: dict[str, int] = {}
+        self._starts = np.empty(0, np.int64)
+        self._counts = np.empty(0, np.int64)
+        self._table = np.empty(0, np.uint32)
+
+
+def _batches(chunks: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for chunk in chunks:
+        batch.append(chunk)
+        size += len(chunk)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _end_to_end(lists: Sequence[Sequence[int]]) -> tuple[Ids, Counts]:
+    counts = np.array([len(ids) for ids in lists], np.int64)
+    return np.fromiter(chain.from_iterable(lists), np.uint32, int(counts.sum())), counts
+
+
+def _ends(counts: Counts) -> Counts:
+    """Where each of several lists begins when they stand end to end, and behind the last."""
+    return np.concatenate([[0], np.cumsum(counts)])
