@@ -75,6 +75,8 @@ class SampleOrder:
     sequence_length: int
     block_sequences: int
     window_blocks: int
+    stream: str = ""
+    """Sets the orders of a mixture's sources apart."""
 
     def samples(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Look up positions of the endless order.
@@ -115,16 +117,20 @@ class SampleOrder:
         # The samples behind the last full block join the last window of the epoch.
         tail = self.num_samples - blocks * self.block_sequences if is_last else 0
         size = num_blocks * self.block_sequences + tail
-        key = stream_key(self.seed, "order/window", self.sequence_length, epoch, window)
+        key = self._key("order/window", epoch, window)
         shuffled = permute(within - first_block * self.block_sequences, size, key)
         slots, offsets = np.divmod(shuffled, self.block_sequences)
         samples = blocks * self.block_sequences + shuffled - num_blocks * self.block_sequences
         in_block = slots < num_blocks
         if in_block.any():
-            key = stream_key(self.seed, "order/blocks", self.sequence_length, epoch)
+            key = self._key("order/blocks", epoch)
             chosen = permute(first_block + slots[in_block], blocks, key)
             samples[in_block] = chosen * self.block_sequences + offsets[in_block]
         return samples
+
+    def _key(self, purpose: str, *parts: int) -> tuple[int, int]:
+        purpose = f"{purpose}/{self.stream}" if self.stream else purpose
+        return stream_key(self.seed, purpose, self.sequence_length, *parts)
 
 
 @dataclass(frozen=True)
