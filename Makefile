@@ -35,6 +35,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	# The authors' v2-era encoder, a judge in tests/numerics; its own dependencies no longer install.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt deberta==0.1.12
+	# The judge of exported datasets: its reader needs none of the package's dependencies.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt megatron-core==0.16.1
 	touch $(STAMP)
 
 demo: $(STAMP)

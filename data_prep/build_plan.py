@@ -126,7 +126,7 @@ class BuildPlan:
         listing = json.dumps([unit.to_dict() for unit in units])
         return cls(
             command=shlex.join([*words, *options.words()]),
-            software={name: _version(name) for name in SOFTWARE},
+            software={name: version_of(name) for name in SOFTWARE},
             tokenizer_fingerprint=tokenizer.fingerprint,
             sources=tuple(SourceInfo(name, count) for name, count in input_bytes.items()),
             plan_sha256=hashlib.sha256(listing.encode()).hexdigest(),
@@ -160,7 +160,8 @@ class BuildPlan:
             )
 
 
-def _version(distribution: str) -> str:
+def version_of(distribution: str) -> str:
+    """The installed version of a distribution, for people and for comparisons."""
     try:
         return version(distribution)
     except PackageNotFoundError:

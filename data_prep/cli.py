@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from data_prep import console
+from data_prep import commands_interchange, console
 from data_prep.build import MAX_MALFORMED
 from data_prep.build import build as run_build
 from data_prep.build_plan import SHARD_TOKENS, BuildOptions
@@ -221,6 +221,9 @@ def stats(dataset: DatasetArgument, as_json: JsonOption = False) -> None:
         _print_json(console.stats_values(groups))
     else:
         console.print_stats(groups)
+
+
+commands_interchange.register(app)
 
 
 def _print_json(values: Any) -> None:

@@ -76,7 +76,9 @@ def train_tokenizer(folder: Path) -> None:
     )
 
 
-def build_dataset(source: Path, tokenizer: Path, output: Path) -> BuildReport:
-    """`deberta-prep build` with one worker, in this process; everything is training data."""
-    options = BuildOptions(heldout_fraction=0.0)
+def build_dataset(
+    source: Path, tokenizer: Path, output: Path, heldout_fraction: float = 0.0
+) -> BuildReport:
+    """`deberta-prep build` with one worker, in this process; by default nothing is held out."""
+    options = BuildOptions(heldout_fraction=heldout_fraction)
     return build([str(source)], tokenizer, output, options, InProcess())
