@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from data_prep import commands_interchange, console
+from data_prep import commands_interchange, commands_report, console
 from data_prep.build import MAX_MALFORMED
 from data_prep.build import build as run_build
 from data_prep.build_plan import SHARD_TOKENS, BuildOptions
@@ -224,6 +224,7 @@ def stats(dataset: DatasetArgument, as_json: JsonOption = False) -> None:
 
 
 commands_interchange.register(app)
+commands_report.register(app)
 
 
 def _print_json(values: Any) -> None:
