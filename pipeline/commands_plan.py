@@ -1,13 +1,17 @@
 """`deberta plan`: memory, speed, cost and communication of a run, before there is a GPU."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data_prep.errors import UserError
+
 if TYPE_CHECKING:
-    from pipeline.plan.planning import Alternative, Plan
+    from pipeline.plan.planning import Plan
+    from pipeline.plan.search import Alternative
 
 
 def plan_command(
@@ -38,64 +42,70 @@ def plan_command(
 ) -> None:
     """Plan a run: what it needs of GPUs, networks and disks, and how long it takes.
 
-    Without a DeepSpeed JSON the plan is for the fastest settings that fit, in bf16. With one it is
-    for that file, and the fastest settings stand beside it. Each figure is counted, modelled or
-    measured, and says so.
+    Without a DeepSpeed JSON the plan is for the fastest settings that fit; what the configuration
+    names of them is kept. With a JSON it is for that file, and the fastest settings stand beside
+    it. Each figure is counted, modelled or measured, and says so.
 
     Example: deberta plan deberta_v3_large --gpus 64 --gpu h100 --price-per-gpu-hour 2.5
     """
     from pipeline.config_loading import load_run_config
     from pipeline.ds_config import load_deepspeed_config
     from pipeline.plan.devices import Cluster, gpu_type
-    from pipeline.plan.planning import (
-        default_deepspeed,
-        evaluate,
-        fastest,
-        other_backends,
-        propose,
-    )
-    from pipeline.plan.report import alternative_lines, backend_lines, plan_lines
+    from pipeline.plan.measurements import deviations, measured_steps
+    from pipeline.plan.planning import evaluate
+    from pipeline.plan.report import plan_lines
+    from pipeline.plan.search import default_deepspeed, fastest, named_keys, propose
+    from pipeline.plan.tables import deviation_lines, proposal_lines, stage_lines, way_lines
 
+    price = price_per_gpu_hour
+    if price is not None and not math.isfinite(price):
+        raise UserError(f"--price-per-gpu-hour {price:g}: give a number")
     cluster = Cluster.of(gpu_type(gpu), gpus, gpus_per_node, network_gbit)
     config = load_run_config(preset_or_toml, overrides or [])
     given = None
     if deepspeed_config is None:
-        deepspeed = default_deepspeed(config)
+        deepspeed = default_deepspeed(config, cluster)
     else:
         deepspeed = load_deepspeed_config(deepspeed_config)
         given = evaluate(config, deepspeed, cluster)
     alternatives = propose(config, deepspeed, cluster)
-    proposal = fastest(alternatives)
-    plan = given or proposal
+    proposal = fastest(alternatives, config)
+    plan = given or proposal or _smallest(alternatives)
     if as_json:
-        typer.echo(json.dumps(_values(plan, proposal, alternatives, price_per_gpu_hour), indent=2))
+        typer.echo(json.dumps(_values(plan, proposal, alternatives, price), indent=2))
         return
-    lines = [] if plan is None else plan_lines(plan, price_per_gpu_hour)
-    lines += alternative_lines(alternatives, proposal)
-    if proposal is not None:
-        lines += backend_lines(other_backends(proposal))
+    lines = [*plan_lines(plan, price), "", *proposal_lines(plan, proposal)]
+    lines += way_lines(alternatives, proposal)
+    lines += stage_lines(alternatives, proposal or plan, named_keys(config))
+    lines += deviation_lines(deviations(measured_steps()))
     typer.echo("\n".join(lines))
 
 
+def _smallest(alternatives: "list[Alternative]") -> "Plan":
+    """What needs least memory, where nothing fits."""
+    plans = [each.too_large for each in alternatives if each.too_large is not None]
+    return min(plans, key=lambda plan: plan.peak.total)
+
+
 def _values(
-    plan: "Plan | None",
+    plan: "Plan",
     proposal: "Plan | None",
     alternatives: "list[Alternative]",
     price: float | None,
 ) -> dict[str, object]:
-    from pipeline.plan.report import plan_values
+    from pipeline.plan.report import brief_values, plan_values
 
     return {
-        "plan": None if plan is None else plan_values(plan, price),
+        "plan": plan_values(plan, price),
         "proposal": None if proposal is None else plan_values(proposal, price),
         "alternatives": [
             {
                 "zero_stage": each.stage,
-                "activation_checkpointing": each.checkpointing,
-                "fits": None if each.best is None else plan_values(each.best, price),
-                "does_not_fit": None
-                if each.too_large is None
-                else plan_values(each.too_large, price),
+                "activation_checkpointing": each.config.model.activation_checkpointing,
+                "attention_backend": each.way[0],
+                "compile": each.way[1],
+                "fits": None if each.best is None else brief_values(each.best),
+                "does_not_fit": None if each.too_large is None else brief_values(each.too_large),
             }
             for each in alternatives
         ],

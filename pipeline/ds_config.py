@@ -9,6 +9,7 @@ DeepSpeed or torch.
 import copy
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class DeepSpeedConfig:
         """Global gradient norm at which each network is clipped; 0 does not clip."""
         return self.settings.gradient_clipping
 
-    @property
+    @cached_property
     def precision(self) -> Precision:
         """The type of the weights: fp32, bf16, fp16, or autocast (fp32 weights, bf16 products)."""
         enabled = enabled_precisions(self.raw)

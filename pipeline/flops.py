@@ -10,20 +10,35 @@ table is projected once for a whole batch. DeBERTaV3-large at length 512 needs 3
     peak_flops                 what a device could do in a second
 """
 
+import re
+
 from pipeline.config import NetworkSection, RunConfig
 
 _TRAINING_FORWARDS = 3
 
-PEAK_DENSE_BF16_FLOPS = {
+PEAK_DENSE_FLOPS = {
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "H200": 989e12,
+    "B200": 2250e12,
     "A100": 312e12,
     "L40S": 362e12,
-    "B200": 2250e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "RTX A6000": 155e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+    "T4": 65e12,
 }
-"""Vendors' dense bf16 rates by a part of the device's name; more specific names first."""
+"""Rates of tensor cores by words of the device's name, more specific names first: bf16 or fp16,
+sums in fp32, without sparsity. V100 and T4 have fp16 alone.
+
+Source:
+    NVIDIA's data sheets of the types, whose rates with sparsity are halved; for RTX 3090 and 4090
+    the white papers of GA102 and AD102.
+"""
 
 
 def _relative_rows(network: NetworkSection) -> int:
@@ -100,7 +115,7 @@ def training_flops(config: RunConfig, train_batch_size: int) -> float:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Look up a device's dense bf16 rate.
+    """Look up the dense rate of a device's tensor cores, bf16 or fp16.
 
     Args:
         device_name: As the driver reports it.
@@ -108,7 +123,7 @@ def peak_flops(device_name: str) -> float | None:
     Returns:
         Operations a second, or None for a device that the table lacks.
     """
-    for part, rate in PEAK_DENSE_BF16_FLOPS.items():
-        if part in device_name:
+    for words, rate in PEAK_DENSE_FLOPS.items():
+        if re.search(rf"\b{words}\b", device_name):
             return rate
     return None

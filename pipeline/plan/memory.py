@@ -79,7 +79,7 @@ def peak_memory(
         "batches": _batch_bytes(config, micro_batch * accumulation_steps, length),
     }
     phases = {}
-    computing = _computing(config, sharding, micro_batch, length)
+    computing = computing_bytes(config, sharding.weight_bytes, micro_batch, length)
     for name, state in states.items():
         there = [each for each in states.values() if each is state or not each.frees_sums]
         resident = {
@@ -128,23 +128,33 @@ def _batch_bytes(config: RunConfig, sequences: int, length: int) -> int:
     return sequences * each
 
 
-def _computing(
-    config: RunConfig, sharding: Sharding, micro_batch: int, length: int
+def computing_bytes(
+    config: RunConfig, weight_bytes: int, micro_batch: int, length: int
 ) -> dict[str, dict[str, int]]:
-    """Engine -> parts that exist at the turn from its forward to its backward pass."""
+    """Size what a forward and backward pass needs besides weights, gradients and state.
+
+    Args:
+        config: The run.
+        weight_bytes: Bytes of a weight in the forward pass: 2 or 4.
+        micro_batch: Sequences.
+        length: Tokens in a sequence.
+
+    Returns:
+        Engine -> part -> bytes at the turn from its forward to its backward pass.
+    """
     phases = {}
     for name, network in config.networks.items():
-        kept = Activations(config, network, micro_batch, length, sharding.weight_bytes)
+        kept = Activations(config, network, micro_batch, length, weight_bytes)
         tables = kept.relative_table_bytes(is_decoder=name == "generator")
         total = kept.generator_bytes() if name == "generator" else kept.discriminator_bytes()
         phases[name] = {f"activations of the {name}": total - tables, "relative tables": tables}
         layer = layer_workspace(kept, is_generator=name == "generator")
         if name == "generator":
             # The word table's gradient waits from the head's backward pass to the embeddings'.
-            table = config.model.vocab_size * network.word_embedding_size * sharding.weight_bytes
+            table = config.model.vocab_size * network.word_embedding_size * weight_bytes
             phases[name]["gradient of E_G"] = table
             # The head is behind the layers: its workspace and theirs do not exist together.
-            logits = logits_workspace(config, micro_batch, length, sharding.weight_bytes)
+            logits = logits_workspace(config, micro_batch, length, weight_bytes)
             layer, chunk = (layer, 0) if layer > logits else (0, logits)
             phases[name]["logits of a chunk"] = chunk
         phases[name]["workspace of a layer"] = layer

@@ -8,6 +8,7 @@ P positions.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from pipeline.config import NetworkSection, RunConfig
@@ -22,12 +23,12 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Its numbers."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def decays(self) -> bool:
         """Whether AdamW decays it: the rule of `pipeline.optimizer.parameter_groups`."""
         return not any(part in self.name for part in _NO_DECAY_NAMES)
@@ -134,7 +135,7 @@ class EngineParameters:
     groups: tuple[tuple[Parameter, ...], ...]
     """In the order of its optimizer: of each network those that decay, then those that do not."""
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Their numbers, without padding."""
         return sum(parameter.elements for parameter in self.ordered)

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Literal
 
 from pipeline.plan.memory import FRAGMENTATION
-from pipeline.plan.planning import Alternative, Plan
+from pipeline.plan.planning import Plan
 
 Kind = Literal["counted", "modelled", "measured"]
 _GIB = 1 << 30
@@ -76,8 +76,8 @@ def _memory(plan: Plan) -> Iterator[Figure]:
         yield _bytes(section, name, count, kind, source)
     gpu = plan.cluster.gpu
     room = gpu.memory_bytes - plan.peak.total
-    verdict = f"{_gib(room)} to spare" if plan.fits else f"{_gib(-room)} too much"
-    source = f"the sum of the above; of {_gib(gpu.memory_bytes)}: {verdict}"
+    verdict = f"{gib(room)} to spare" if plan.fits else f"{gib(-room)} too much"
+    source = f"the sum of the above; of {gib(gpu.memory_bytes)}: {verdict}"
     yield _bytes(section, "total", plan.peak.total, "modelled", source)
     if plan.peak.host:
         source = "offloaded state, from DeepSpeed's source; held by no test"
@@ -97,12 +97,14 @@ def _activation_source(plan: Plan) -> tuple[Kind, str]:
 
 
 def _speed(plan: Plan, price: float | None) -> Iterator[Figure]:
-    section, step = "speed", plan.step
-    kind, source = "modelled", _ROOFLINE
-    if plan.measurement is not None:
-        row = plan.measurement
-        kind = "measured"
-        source = f"{row.source}, {row.device}, {row.date}; updates and communication are modelled"
+    phases = len(plan.schedule.phases)
+    section = "speed" if phases == 1 else f"speed, in the last of {phases} phases"
+    step, row, kind, source = plan.step, plan.measurement, "modelled", _ROOFLINE
+    if row is not None:
+        where = f"{row.source}, {row.device}, {row.date}"
+        source = f"{row.sequences} sequences were measured ({where}), for others by the roofline"
+        if plan.is_measured:
+            kind, source = "measured", f"{where}; updates and communication are modelled"
 
     def figure(name: str, value: float, unit: str, text: str, why: str = source) -> Figure:
         return Figure(section, name, value, unit, text, kind, why)
@@ -139,15 +141,18 @@ def _speed(plan: Plan, price: float | None) -> Iterator[Figure]:
     text = f"{flops / 1e9:.3f} GFLOP"
     source_of_flops = "the minimal exact algorithm, forward and backward"
     yield Figure(section, "FLOPs a token", flops, "FLOP", text, "counted", source_of_flops)
-    peak = f"of {plan.cluster.gpu.bf16_flops / 1e12:,.0f} TFLOP/s, dense bf16"
+    peak = f"of {plan.cluster.gpu.half_flops / 1e12:,.0f} TFLOP/s of a GPU's tensor cores, dense"
     yield figure("MFU", plan.mfu, "share", f"{plan.mfu:.1%}", peak)
     days = plan.run_seconds / 86_400
     steps = f"{plan.config.schedule.max_steps:,} steps; without evaluations, commits and failures"
-    yield figure("run", plan.run_seconds, "seconds", f"{days:,.1f} days", steps)
-    yield figure("GPU-hours", plan.gpu_hours, "hours", f"{plan.gpu_hours:,.0f}", "days x GPUs x 24")
+    text = f"{days:,.1f} days" if days >= 1 else f"{plan.run_seconds / 3600:,.2f} hours"
+    yield figure("run", plan.run_seconds, "seconds", text, steps)
+    text = f"{plan.gpu_hours:,.{1 if plan.gpu_hours < 100 else 0}f}"
+    yield figure("GPU-hours", plan.gpu_hours, "hours", text, "the run's hours x GPUs")
     if price is not None:
         cost = plan.gpu_hours * price
-        yield figure("cost", cost, "money", f"{cost:,.0f}", f"at {price:g} a GPU-hour")
+        text = f"{cost:,.{2 if cost < 100 else 0}f}"
+        yield figure("cost", cost, "money", text, f"at {price:g} a GPU-hour")
 
 
 def _communication(plan: Plan) -> Iterator[Figure]:
@@ -181,17 +186,26 @@ def _storage(plan: Plan) -> Iterator[Figure]:
     )
     text = f"{storage.data_bytes / 1e9:,.1f} GB"
     if storage.dataset_tokens is None:
-        source = "4 bytes a token, if every token is seen once"
+        text = f"<= {text}"
+        source = "4 bytes a token; less where tokens repeat: data.path=FOLDER counts a dataset"
     else:
         source = f"4 bytes a token; {storage.epochs:,.2f} epochs of {plan.config.data.path}"
     yield Figure(section, "dataset", storage.data_bytes, "bytes", text, "counted", source)
 
 
 def _bytes(section: str, name: str, count: int, kind: Kind, source: str) -> Figure:
-    return Figure(section, name, count, "bytes", _gib(count), kind, source)
+    return Figure(section, name, count, "bytes", gib(count), kind, source)
 
 
-def _gib(count: float) -> str:
+def gib(count: float) -> str:
+    """Write bytes for people.
+
+    Args:
+        count: Bytes.
+
+    Returns:
+        In GiB, or in MiB where that is less than a tenth.
+    """
     if count >= _GIB / 10:
         return f"{count / _GIB:,.2f} GiB"
     return f"{count / (1 << 20):,.2f} MiB"
@@ -207,13 +221,15 @@ def plan_lines(plan: Plan, price_per_gpu_hour: float | None) -> list[str]:
     Returns:
         Lines.
     """
-    cluster, model = plan.cluster, plan.config.model
+    cluster = plan.cluster
     nodes = "1 node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
-    compiles = model.compile
     lines = [
-        f"{cluster.num_gpus} x {cluster.gpu.name} in {nodes}: {plan.settings}",
-        f"{plan.sharding.config.precision}, attention backend {model.attention_backend},"
-        f" compile {compiles}; {plan.batch.explain(plan.config.data.sequence_length)}",
+        f"{cluster.num_gpus} x {cluster.gpu.name} in {nodes}, {plan.sharding.config.precision}:"
+        f" {plan.settings}",
+        plan.batch.explain(plan.config.data.sequence_length),
+        f"{plan.tokens_per_gpu_second:,.0f} tokens/s a GPU ({plan.mfu:.1%} MFU),"
+        f" {plan.run_seconds / 86_400:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours;"
+        f" {gib(plan.peak.total)} of {gib(cluster.gpu.memory_bytes)} a GPU",
     ]
     rows = figures(plan, price_per_gpu_hour)
     width = max(len(row.name) for row in rows)
@@ -221,64 +237,6 @@ def plan_lines(plan: Plan, price_per_gpu_hour: float | None) -> list[str]:
         lines += ["", name]
         lines += [f"  {r.name:<{width}} {r.text:>15}  {r.kind:<8}  {r.source}" for r in group]
     return lines
-
-
-def alternative_lines(alternatives: list[Alternative], chosen: Plan | None) -> list[str]:
-    """Write the settings that were tried.
-
-    Args:
-        alternatives: From `propose`.
-        chosen: The proposal.
-
-    Returns:
-        Lines: for each stage and checkpointing the fastest micro batch that fits, and why the next
-        one does not.
-    """
-    lines = ["", "ZeRO  checkpointing  micro batch        peak  tokens a second  does not fit"]
-    for each in alternatives:
-        cells = f"{'none':>11}  {'':>10}  {'':>15}"
-        if each.best is not None:
-            best = each.best
-            micro = best.batch.train_micro_batch_size_per_gpu
-            cells = f"{micro:>11}  {_gib(best.peak.total):>10}  {best.tokens_per_second:>15,.0f}"
-        mark = "-> " if chosen is not None and each.best is chosen else "   "
-        lines.append(
-            f"{mark}{each.stage}  {each.checkpointing:<13}  {cells}  {_beyond(each.too_large)}"
-        )
-    if chosen is None:
-        lines.append("nothing fits: take GPUs with more memory, a smaller network or length")
-    else:
-        lines.append(f"proposed: {chosen.settings}")
-    return lines
-
-
-def backend_lines(plans: list[Plan]) -> list[str]:
-    """Write what other attention backends would do.
-
-    Args:
-        plans: From `other_backends`.
-
-    Returns:
-        Lines.
-    """
-    lines = ["", "attention backend  compile  micro batch        peak  tokens a second"]
-    for plan in plans:
-        model = plan.config.model
-        micro = plan.batch.train_micro_batch_size_per_gpu
-        lines.append(
-            f"{model.attention_backend:<17}  {model.compile:<7}  {micro:>11}"
-            f"  {_gib(plan.peak.total):>10}  {plan.tokens_per_second:>15,.0f}"
-        )
-    return lines
-
-
-def _beyond(plan: Plan | None) -> str:
-    """Why the next micro batch does not fit."""
-    if plan is None:
-        return "-"
-    part = max(plan.peak.parts, key=plan.peak.parts.__getitem__)
-    micro, count = plan.batch.train_micro_batch_size_per_gpu, plan.peak.parts[part]
-    return f"{micro}: {_gib(plan.peak.total)}, {part} {_gib(count)}"
 
 
 def plan_values(plan: Plan, price_per_gpu_hour: float | None) -> dict[str, object]:
@@ -292,13 +250,34 @@ def plan_values(plan: Plan, price_per_gpu_hour: float | None) -> dict[str, objec
         JSON-ready values.
     """
     return {
-        "micro_batch": plan.batch.train_micro_batch_size_per_gpu,
+        **brief_values(plan),
         "gradient_accumulation_steps": plan.batch.gradient_accumulation_steps,
         "train_batch_size": plan.batch.train_batch_size,
-        "zero_stage": plan.sharding.stage,
         "precision": plan.sharding.config.precision,
-        "activation_checkpointing": plan.config.model.activation_checkpointing,
-        "attention_backend": plan.config.model.attention_backend,
-        "fits": plan.fits,
+        "deepspeed_config": plan.sharding.config.raw,
         "figures": [asdict(figure) for figure in figures(plan, price_per_gpu_hour)],
+    }
+
+
+def brief_values(plan: Plan) -> dict[str, object]:
+    """Describe a plan's settings, memory and speed for programs.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        JSON-ready values.
+    """
+    model = plan.config.model
+    return {
+        "micro_batch": plan.batch.train_micro_batch_size_per_gpu,
+        "zero_stage": plan.sharding.stage,
+        "activation_checkpointing": model.activation_checkpointing,
+        "attention_backend": model.attention_backend,
+        "compile": model.compile,
+        "fits": plan.fits,
+        "peak_bytes": plan.peak.total,
+        "tokens_per_second": plan.tokens_per_second,
+        "run_seconds": plan.run_seconds,
+        "speed_is": "measured" if plan.is_measured else "modelled",
     }

@@ -16,6 +16,7 @@ a multiple of the ranks.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from pipeline.ds_config import DeepSpeedConfig
@@ -44,7 +45,7 @@ class Sharding:
         """ZeRO stage."""
         return self.config.zero_stage
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """Which of DeepSpeed's optimizers holds the state."""
         if self.stage in (0, 3):
@@ -55,7 +56,7 @@ class Sharding:
             return "bf16"
         return "flat"
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """Bytes of a weight in the forward pass; autocast keeps fp32 weights."""
         return 2 if self.config.precision in ("bf16", "fp16") else 4
@@ -66,7 +67,7 @@ class Sharding:
         types = self.config.settings.data_types
         return self.weight_bytes if types is None else _DTYPE_BYTES[types.grad_accum_dtype]
 
-    @property
+    @cached_property
     def gradient_bytes(self) -> int:
         """Bytes of a gradient on its way between ranks: communication_data_type."""
         sent = self.config.settings.communication_data_type

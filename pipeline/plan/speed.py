@@ -6,9 +6,8 @@
 The rates are assumed, the bytes are counted: those of torch's operations on its meta device,
 operands and results; those of compiled graphs as Inductor counts them; those of the fused kernels
 as they document them (`pipeline.modeling.kernels.traffic`). Caches make the true traffic smaller.
-The same roofline gives DeBERTaV3-large on an H100 114,000 tokens a second with two-stage fused
-attention, fused pointwise operations and free draws, and transformers' eager layers 50,000. A GPU
-has confirmed none of it.
+No GPU has confirmed the rates: `measurements.deviations` holds the model against every point that
+somebody measures.
 
 Letters: B sequences, L sequence length, D hidden size, F inner width, H heads, R relative rows,
 E width of the word table, V vocabulary.
@@ -28,6 +27,8 @@ ATTENTION_SHARE = 350 / 989
 """Of the peak rate inside fused attention."""
 MEMORY_SHARE = 0.85
 """Of the memory's bandwidth."""
+PEER_ATTENTION_SHARE = 29 / 989
+"""The same of disentangled-flash 1.1.1: 29 TFLOP/s on an H200 by its own figures."""
 LAUNCH_SECONDS = 5e-6
 """To launch a kernel from Python, which bounds small micro batches."""
 HOST_BYTES_PER_SECOND = 20e9
@@ -82,7 +83,7 @@ class LayerWork:
 
     @property
     def _product_rate(self) -> float:
-        peak = self.gpu.fp32_flops if self.precision == "fp32" else self.gpu.bf16_flops
+        peak = self.gpu.fp32_flops if self.precision == "fp32" else self.gpu.half_flops
         return PRODUCT_SHARE * peak
 
     @property
@@ -135,7 +136,9 @@ class LayerWork:
         width, length = self.network.hidden_size, self.length
         tables = 12 * self._columns * width / self._product_rate
         if self._is_fused:
-            rate = self._product_rate * ATTENTION_SHARE / PRODUCT_SHARE
+            is_ours = self.config.model.attention_backend == "triton"
+            share = ATTENTION_SHARE if is_ours else PEER_ATTENTION_SHARE
+            rate = self._product_rate * share / PRODUCT_SHARE
             return 3.5 * 4 * length * width / rate + tables  # scores are computed again
         products = 12 * length * width / self._product_rate
         if self.config.model.attention_backend == "eager":
@@ -217,7 +220,7 @@ def token_seconds(config: RunConfig, gpu: Gpu, precision: str, length: int) -> f
             layers += _decoder_share(config, length, share) - 1
             total += _mlm_head_seconds(config, gpu, precision, share)
         else:
-            rate = PRODUCT_SHARE * gpu.bf16_flops
+            rate = PRODUCT_SHARE * gpu.half_flops
             total += 6 * network.hidden_size**2 / rate
         total += layers * layer.seconds_per_token()
     return total
@@ -239,7 +242,7 @@ def _mlm_head_seconds(config: RunConfig, gpu: Gpu, precision: str, share: float)
     """The generator's head at masked slots; logits are computed twice."""
     network, vocabulary = config.generator, config.model.vocab_size
     width = network.word_embedding_size
-    peak = gpu.fp32_flops if precision == "fp32" else gpu.bf16_flops
+    peak = gpu.fp32_flops if precision == "fp32" else gpu.half_flops
     products = 2 * width * (3 * network.hidden_size + 4 * vocabulary)
     moved = _HEAD_BYTES["forward"] + _HEAD_BYTES["backward"]
     if config.discriminator is not None:
@@ -249,21 +252,21 @@ def _mlm_head_seconds(config: RunConfig, gpu: Gpu, precision: str, share: float)
 
 
 def micro_step_seconds(
-    config: RunConfig, gpu: Gpu, sharding: Sharding, *, micro_batch: int, length: int
+    config: RunConfig, gpu: Gpu, precision: str, *, micro_batch: int, length: int
 ) -> float:
     """Model forward and backward passes of one micro batch on one GPU.
 
     Args:
         config: The run.
         gpu: GPU type.
-        sharding: Layout of the parameters, for their precision.
+        precision: Of the DeepSpeed JSON.
         micro_batch: Sequences.
         length: Tokens in a sequence.
 
     Returns:
         Seconds; at least what launching the kernels takes.
     """
-    precision, tokens = sharding.config.precision, micro_batch * length
+    tokens, weight_bytes = micro_batch * length, 4 if precision in ("fp32", "autocast") else 2
     computing = tokens * token_seconds(config, gpu, precision, length)
     kernels = sum(
         network.num_hidden_layers * LayerWork(config, network, length, gpu, precision).kernels()
@@ -271,7 +274,7 @@ def micro_step_seconds(
     )
     # Dense gradients of the word tables: written, added to and read whatever the batch is.
     tables = sum(
-        config.model.vocab_size * network.word_embedding_size * sharding.weight_bytes
+        config.model.vocab_size * network.word_embedding_size * weight_bytes
         for network in config.networks.values()
     )
     bandwidth = MEMORY_SHARE * gpu.memory_bytes_per_second

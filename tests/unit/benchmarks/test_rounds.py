@@ -1,13 +1,17 @@
 """How benchmarks measure and report: turns, ratios within a round, and tables made from files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from tests.benchmarks import readme_table, rounds, run
 from tests.benchmarks.readme_table import BEGIN, END, ROWS, table
 from tests.benchmarks.rounds import Case, Outcome, measure, slug
+from tests.worlds import ROOT
 
 RESULTS = Path(run.__file__).parent / "results"
 
@@ -141,7 +145,18 @@ def test_cells_of_a_gpu_have_a_table_of_their_own(tmp_path):
 
 def test_the_readmes_table_says_where_each_figure_is_from(tmp_path):
     assert table(tmp_path).count("| not measured |") == len(ROWS) - 1
-    assert "| 114k to 118k (37 to 39 %) | modelled: roofline of an H100 |" in table(tmp_path)
+    row = next(line for line in table(tmp_path).splitlines() if line.startswith("| large, tok"))
+    found = re.fullmatch(
+        r".* \| (\d+)k \((\d+)%\) \| modelled by `deberta plan` \(.*: (.*) \|", row
+    )
+    assert found, row
+    result = CliRunner().invoke(app, ["plan", "deberta_v3_large", "--gpus", "1", "--json"])
+    proposal = json.loads(result.stdout)["proposal"]
+    assert int(found[1]) == round(proposal["tokens_per_second"] / 1000)
+    figures = {each["name"]: each["value"] for each in proposal["figures"]}
+    assert int(found[2]) == round(100 * figures["MFU"])
+    for words in (f"micro batch {proposal['micro_batch']},", "backend triton, compile layer"):
+        assert words in found[3]
     gpu_result(tmp_path)
     lines = table(tmp_path).splitlines()
     where = "measured, NVIDIA h100, 2030-01-02"
@@ -152,6 +167,12 @@ def test_the_readmes_table_says_where_each_figure_is_from(tmp_path):
         tmp_path, "2031-05-06", "h200", transformers={**GPU_CELLS["transformers"], "ratio": 4}
     )
     assert "| 4.00x | measured, NVIDIA h200, 2031-05-06 |" in table(tmp_path)
+
+
+def test_the_projects_readme_has_the_table_as_it_is_now():
+    """`python tests/benchmarks/readme_table.py --write README.md` has been run."""
+    page = (ROOT / "README.md").read_text()
+    assert page == readme_table.replaced(page, table(RESULTS))
 
 
 def test_the_table_goes_between_the_marks_of_a_page(tmp_path, capsys):

@@ -1,0 +1,83 @@
+"""Speeds of `deberta plan`: what they count, against torch's operations and the kernels' words."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import DataSection
+from pipeline.modeling.kernels import traffic as kernel_traffic
+from pipeline.modeling.pair import NetworkPair, shared_rows
+from pipeline.plan import activations
+from pipeline.plan.planning import evaluate
+from pipeline.plan.report import figures
+from pipeline.plan.speed import LayerWork, token_seconds
+from tests.benchmarks.traffic import our_traffic
+from tests.numerics.test_plan_activations import run as small_run
+from tests.planning import EIGHT, H100, LARGE, deepspeed_of, with_model
+
+
+def test_flops_a_token_are_what_torch_counts():
+    """The minimal algorithm's operations, which `eager` runs and no more, against a count."""
+    config = small_run("eager", dropout=0.0, hidden_size=128, position_buckets=4)
+    config = config.model_copy(update={"data": DataSection(sequence_length=64)})
+    deepspeed = deepspeed_of(LARGE, train_batch_size=64, train_micro_batch_size_per_gpu=8)
+    plan = evaluate(config, deepspeed, EIGHT)
+    pair, sequences, length = NetworkPair(config), 16, 64
+    slots = activations.masked_slots(length, config.objective)
+    ids = torch.randint(4, 100, (sequences, length))
+    positions = torch.arange(slots).expand(sequences, slots)
+    valid = torch.ones(sequences, slots, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter:
+        pair.generator(ids, None, positions, valid, ids[:, :slots], None, None)
+        base = shared_rows(pair.generator, pair.discriminator, ids)
+        pair.discriminator(ids, base, None, torch.zeros(sequences, length), None)
+    forward = counter.get_total_flops() / (sequences * length)
+    # mask_prob is a share of tokens; a sequence has a whole number of slots.
+    assert plan.flops_per_token == pytest.approx(3 * forward, rel=0.01)
+    figure = next(each for each in figures(plan, None) if each.name == "FLOPs a token")
+    assert figure.kind == "counted"
+    assert figure.value == plan.flops_per_token
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+def test_bytes_of_a_layer_are_those_of_its_operations(backend, dropout):
+    """Against a count of what torch's operations read and write at large's shape."""
+    counted = our_traffic(backend, compiles=False, dropout=dropout).kib_per_token
+    config = with_model(LARGE, attention_backend=backend, compile="none")
+    changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    network = LARGE.discriminator.model_copy(update=changes)
+    planned = LayerWork(config, network, 512, H100, "bf16").moved_bytes() / 1024
+    assert planned == pytest.approx(counted, rel=0.03)
+
+
+def test_bytes_of_fused_attention_are_those_that_the_kernels_document():
+    shape = kernel_traffic.AttentionShape(16, 64, 512, 512, 16)
+    steps = kernel_traffic.forward_traffic(shape) + kernel_traffic.backward_traffic(shape)
+    network = LARGE.discriminator
+    config = with_model(LARGE, attention_backend="triton", compile="layer")
+    planned = LayerWork(config, network, 512, H100, "bf16")._moved_bytes()["scores"]
+    assert planned == pytest.approx(sum(step.bytes for step in steps), rel=0.02)
+
+
+def test_a_fused_compiled_layer_is_fastest():
+    """Where draws are left out; with them, the vocabulary's noise is a third of the time."""
+    rates = {
+        (backend, kind): 1
+        / token_seconds(
+            with_model(LARGE, attention_backend=backend, compile=kind), H100, "bf16", 512
+        )
+        for backend, kind in itertools.product(("triton", "torch", "eager"), ("none", "layer"))
+    }
+    assert max(rates, key=rates.__getitem__) == ("triton", "layer")
+    assert rates["triton", "layer"] < 114_000  # what the roofline gives without draws
+
+
+def test_speed_falls_with_dropout_that_is_not_compiled():
+    slow, fast = (
+        token_seconds(with_model(LARGE, compile=kind), H100, "bf16", 512)
+        for kind in ("none", "layer")
+    )
+    assert slow > 2 * fast
