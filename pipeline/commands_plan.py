@@ -22,7 +22,9 @@ def plan_command(
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Single keys.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
-    gpu: Annotated[str, typer.Option(help="Type of the GPUs.")] = "h100",
+    gpu: Annotated[
+        str, typer.Option(help="Their type, as a100-40; a wrong one lists all.")
+    ] = "h100",
     gpus_per_node: Annotated[
         int, typer.Option("--gpus-per-node", "--gpus_per_node", min=1, help="GPUs of a node.")
     ] = 8,
@@ -36,7 +38,14 @@ def plan_command(
         ),
     ] = None,
     price_per_gpu_hour: Annotated[
-        float | None, typer.Option(min=0, help="Price of a GPU-hour, in any currency.")
+        float | None,
+        typer.Option(
+            "--price-per-gpu-hour",
+            "--price_per_gpu_hour",
+            "--price",
+            min=0,
+            help="Price of a GPU-hour, in any currency.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -46,7 +55,7 @@ def plan_command(
     names of them is kept. With a JSON it is for that file, and the fastest settings stand beside
     it. Each figure is counted, modelled or measured, and says so.
 
-    Example: deberta plan deberta_v3_large --gpus 64 --gpu h100 --price-per-gpu-hour 2.5
+    Example: deberta plan deberta_v3_large --gpus 64 --gpu h100 --price 2.5
     """
     from pipeline.config_loading import load_run_config
     from pipeline.ds_config import load_deepspeed_config

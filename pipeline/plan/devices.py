@@ -9,6 +9,7 @@ PCIe.
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 from data_prep.errors import UserError
@@ -88,7 +89,7 @@ def gpu_type(key: str) -> Gpu:
     """Look up a GPU type.
 
     Args:
-        key: As "h100", in any case.
+        key: As "h100" or "H-100".
 
     Returns:
         The type.
@@ -97,10 +98,12 @@ def gpu_type(key: str) -> Gpu:
         UserError: There is none of that name.
     """
     types = {gpu.key: gpu for gpu in GPUS}
-    if key.lower() not in types:
+    plain = {name.replace("-", ""): gpu for name, gpu in types.items()}
+    found = plain.get(re.sub(r"[-_ ]", "", key.lower()))
+    if found is None:
         known = ", ".join(types)
         raise UserError(f"--gpu {key}: no such GPU type{nearest(key, types)} (known: {known})")
-    return types[key.lower()]
+    return found
 
 
 @dataclass(frozen=True)

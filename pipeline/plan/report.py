@@ -12,6 +12,7 @@ from typing import Literal
 
 from pipeline.plan.memory import FRAGMENTATION
 from pipeline.plan.planning import Plan
+from pipeline.plan.speed import HIDDEN_SHARE
 
 Kind = Literal["counted", "modelled", "measured"]
 _GIB = 1 << 30
@@ -129,7 +130,7 @@ def _speed(plan: Plan, price: float | None) -> Iterator[Figure]:
         step.exposed,
         "seconds",
         f"{step.exposed:.3f} s",
-        "communication that DeepSpeed does not hide",
+        f"communication; assumed: {HIDDEN_SHARE:.0%} of what is sent while computing is hidden",
     )
     yield figure("step", step.total, "seconds", f"{step.total:.3f} s", "the sum of the above")
     rate, gpus = plan.tokens_per_second, plan.cluster.num_gpus
@@ -143,16 +144,13 @@ def _speed(plan: Plan, price: float | None) -> Iterator[Figure]:
     yield Figure(section, "FLOPs a token", flops, "FLOP", text, "counted", source_of_flops)
     peak = f"of {plan.cluster.gpu.half_flops / 1e12:,.0f} TFLOP/s of a GPU's tensor cores, dense"
     yield figure("MFU", plan.mfu, "share", f"{plan.mfu:.1%}", peak)
-    days = plan.run_seconds / 86_400
     steps = f"{plan.config.schedule.max_steps:,} steps; without evaluations, commits and failures"
-    text = f"{days:,.1f} days" if days >= 1 else f"{plan.run_seconds / 3600:,.2f} hours"
-    yield figure("run", plan.run_seconds, "seconds", text, steps)
-    text = f"{plan.gpu_hours:,.{1 if plan.gpu_hours < 100 else 0}f}"
-    yield figure("GPU-hours", plan.gpu_hours, "hours", text, "the run's hours x GPUs")
+    yield figure("run", plan.run_seconds, "seconds", _duration(plan), steps)
+    hours = _amount(plan.gpu_hours)
+    yield figure("GPU-hours", plan.gpu_hours, "hours", hours, "the run's hours x GPUs")
     if price is not None:
         cost = plan.gpu_hours * price
-        text = f"{cost:,.{2 if cost < 100 else 0}f}"
-        yield figure("cost", cost, "money", text, f"at {price:g} a GPU-hour")
+        yield figure("cost", cost, "money", _amount(cost), f"at {price:g} a GPU-hour")
 
 
 def _communication(plan: Plan) -> Iterator[Figure]:
@@ -166,7 +164,7 @@ def _communication(plan: Plan) -> Iterator[Figure]:
         yield Figure(section, name, sent, "bytes", text, "counted", source)
     ring = plan.cluster.ring_bytes_per_second
     seconds = plan.step.communicating
-    source = f"assumed: {ring / 1e9:,.0f} GB/s on a ring through {plan.cluster.num_nodes} nodes"
+    source = f"assumed: {ring / 1e9:,.0f} GB/s on a ring through {_nodes(plan)}"
     yield Figure(section, "time", seconds, "seconds", f"{seconds:.3f} s", "modelled", source)
 
 
@@ -191,6 +189,20 @@ def _storage(plan: Plan) -> Iterator[Figure]:
     else:
         source = f"4 bytes a token; {storage.epochs:,.2f} epochs of {plan.config.data.path}"
     yield Figure(section, "dataset", storage.data_bytes, "bytes", text, "counted", source)
+
+
+def _duration(plan: Plan) -> str:
+    days = plan.run_seconds / 86_400
+    return f"{days:,.1f} days" if days >= 1 else f"{24 * days:,.2f} hours"
+
+
+def _amount(number: float) -> str:
+    return f"{number:,.{2 if number < 100 else 0}f}"
+
+
+def _nodes(plan: Plan) -> str:
+    count = plan.cluster.num_nodes
+    return "1 node" if count == 1 else f"{count} nodes"
 
 
 def _bytes(section: str, name: str, count: int, kind: Kind, source: str) -> Figure:
@@ -222,14 +234,14 @@ def plan_lines(plan: Plan, price_per_gpu_hour: float | None) -> list[str]:
         Lines.
     """
     cluster = plan.cluster
-    nodes = "1 node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
+    fits = "" if plan.fits else "DOES NOT FIT: "
     lines = [
-        f"{cluster.num_gpus} x {cluster.gpu.name} in {nodes}, {plan.sharding.config.precision}:"
-        f" {plan.settings}",
+        f"{cluster.num_gpus} x {cluster.gpu.name} in {_nodes(plan)},"
+        f" {plan.sharding.config.precision}: {plan.settings}",
         plan.batch.explain(plan.config.data.sequence_length),
         f"{plan.tokens_per_gpu_second:,.0f} tokens/s a GPU ({plan.mfu:.1%} MFU),"
-        f" {plan.run_seconds / 86_400:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours;"
-        f" {gib(plan.peak.total)} of {gib(cluster.gpu.memory_bytes)} a GPU",
+        f" {_duration(plan)}, {_amount(plan.gpu_hours)} GPU-hours;"
+        f" {fits}{gib(plan.peak.total)} of {gib(cluster.gpu.memory_bytes)} a GPU",
     ]
     rows = figures(plan, price_per_gpu_hour)
     width = max(len(row.name) for row in rows)

@@ -77,7 +77,7 @@ def default_deepspeed(config: RunConfig, cluster: Cluster) -> DeepSpeedConfig:
     reference = config.reference
     if reference.train_batch_size is None:
         raise UserError(
-            "the preset has no reference.train_batch_size; give --deepspeed_config JSON, or"
+            "the configuration has no reference.train_batch_size; give --deepspeed_config JSON, or"
             " reference.train_batch_size=N"
         )
     document = {
@@ -221,5 +221,7 @@ def _with_choice(deepspeed: DeepSpeedConfig, stage: int, micro_batch: int) -> De
     zero = chosen["zero_optimization"]
     if stage != 3:
         zero = {key: zero[key] for key in zero if not key.startswith(_STAGE3_BLOCKS)}
+    if deepspeed.path == REFERENCE and stage > 1:
+        zero["overlap_comm"] = True
     chosen["zero_optimization"] = {**zero, "stage": stage}
     return check_deepspeed_config(chosen, deepspeed.path)

@@ -31,6 +31,8 @@ PEER_ATTENTION_SHARE = 29 / 989
 """The same of disentangled-flash 1.1.1: 29 TFLOP/s on an H200 by its own figures."""
 LAUNCH_SECONDS = 5e-6
 """To launch a kernel from Python, which bounds small micro batches."""
+HIDDEN_SHARE = 0.5
+"""Of what DeepSpeed sends while it computes; the rest makes kernels wait for links and memory."""
 HOST_BYTES_PER_SECOND = 20e9
 """Of CPU memory, a rank, where Adam runs there."""
 PCIE_BYTES_PER_SECOND = 25e9
@@ -316,8 +318,9 @@ def step_seconds(
         copied = (FP32_BYTES + sharding.weight_bytes) * owned / PCIE_BYTES_PER_SECOND
         updating = copied + update / HOST_BYTES_PER_SECOND + sums / bandwidth
     ring = cluster.ring_bytes_per_second
-    hidden = sent.get(True, 0.0) / ring
-    exposed = sent.get(False, 0.0) / ring + max(0.0, hidden - computing)
+    overlapped = sent.get(True, 0.0) / ring
+    exposed = max(overlapped - computing, (1 - HIDDEN_SHARE) * overlapped)
+    exposed += sent.get(False, 0.0) / ring
     return StepSeconds(
         computing=computing,
         updating=updating,

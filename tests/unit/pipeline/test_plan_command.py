@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from data_prep.errors import UserError
 from pipeline.commands_plan import plan_command
+from pipeline.ds_config import check_deepspeed_config
 from tests.worlds import ROOT
 
 
@@ -68,6 +69,23 @@ def test_offloaded_state_is_in_cpu_memory():
     assert result.exit_code == 0, result.output
     assert re.search(r"in CPU memory, a rank +[\d.]+ GiB  counted", result.output)
     assert "fp32 masters" not in result.output
+
+
+def test_what_does_not_fit_is_said_first_and_what_would_be_faster():
+    path = ROOT / "ds_configs" / "zero3_bf16.json"
+    words = ["deberta_v3_large", "--gpu", "a-10", "--deepspeed_config", str(path), "--price", "0"]
+    lines = deberta_plan(*words).output.splitlines()
+    assert "8 x NVIDIA A10 in 1 node, bf16: micro batch 32, ZeRO stage 3" in lines[0]
+    assert "DOES NOT FIT: " in lines[2]
+    after = lines[lines.index(next(line for line in lines if line.startswith("proposed: "))) :]
+    assert re.match(r"  [2-9]\.\d+ times as fast as this plan", after[1])
+    document = json.loads(after[3].removeprefix("  DeepSpeed JSON: "))
+    assert check_deepspeed_config(document, "printed").zero_stage == 1
+    assert any(re.match(r"  cost +0\.00  modelled", line) for line in lines)
+
+
+def test_a_short_run_is_told_in_hours():
+    assert re.search(r"MFU\), 0\.0\d hours, 0\.\d+ GPU-hours; ", deberta_plan("demo").output)
 
 
 def test_a_dataset_is_measured(dataset_folder):
