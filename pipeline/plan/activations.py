@@ -272,10 +272,11 @@ class Activations:
         """Operands of the position terms, and probabilities up to three times."""
         kept, wide = 0, max(_FP32, self.weight_bytes)
         if self.network.relative_attention:
-            # A product with a table that all sequences share copies it for every sequence, and the
-            # queries and keys once more; a gather keeps what it reads; the index is int64.
+            # A product with a table that several sequences share copies it for each of them, and
+            # the queries and keys once more; a gather keeps what it reads; the index is int64.
             both_rows = self.sequences * queries + self._tokens
-            kept += self._states(both_rows) + 2 * self.sequences * self._table_bytes
+            copied = self._states(both_rows) if self.sequences > 1 else 0
+            kept += copied + 2 * self.sequences * self._table_bytes
             heads, columns = self.network.num_attention_heads, 2 * self.network.position_buckets
             kept += self._states(heads * both_rows, columns)
             rows = self.length if queries == self.length else self.sequences * queries
@@ -301,8 +302,11 @@ class Activations:
             shared = self._states(2 * self._tokens) + tables
         else:
             core = self._attention_core(self._slots)
-            # The torch backend makes the keys contiguous in each pass, but has one copy of values.
+            # The torch backend makes the keys contiguous in each pass, but has one copy of values;
+            # eager copies both, where there are several sequences.
             shared = self._states(self._tokens) if self._keeps_values else 0
+            if not self._keeps_values and self.sequences == 1:
+                shared = self._states(2 * self._tokens)
             each = core - shared
         return keys + states + shared + passes * (each + self._behind_attention(rows))
 

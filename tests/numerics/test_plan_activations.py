@@ -17,7 +17,7 @@ from pipeline.modeling.pair import NetworkPair, shared_rows
 from pipeline.plan.activations import activation_bytes
 from pipeline.rtd import DrawKey
 
-SEQUENCES, LENGTH, VOCABULARY = 2, 64, 101
+LENGTH, VOCABULARY = 64, 101
 DTYPES = {torch.float32: 4, torch.bfloat16: 2}
 WITHOUT_DECODER = {"enhanced_mask_decoder": False}
 
@@ -81,17 +81,17 @@ class Kept:
         return sum(each.nbytes() for each in self._storages.values())
 
 
-def kept_bytes(config, dtype, monkeypatch, device="cpu"):
+def kept_bytes(config, dtype, monkeypatch, device="cpu", sequences=2):
     """Network -> bytes that one forward pass keeps."""
     with torch.device(device):
         pair = NetworkPair(config).to(dtype)
         slots = num_masked_slots(LENGTH, config.objective)
-        ids = torch.arange(SEQUENCES * LENGTH).view(SEQUENCES, LENGTH) % (VOCABULARY - 5) + 4
-        positions = (torch.arange(slots) * 2 % LENGTH).expand(SEQUENCES, slots).contiguous()
-        valid = torch.ones(SEQUENCES, slots, dtype=torch.bool)
-        draw = DrawKey((1, 2), torch.zeros(SEQUENCES, 2, dtype=torch.int64), temperature=1.0)
+        ids = torch.arange(sequences * LENGTH).view(sequences, LENGTH) % (VOCABULARY - 5) + 4
+        positions = (torch.arange(slots) * 2 % LENGTH).expand(sequences, slots).contiguous()
+        valid = torch.ones(sequences, slots, dtype=torch.bool)
+        draw = DrawKey((1, 2), torch.zeros(sequences, 2, dtype=torch.int64), temperature=1.0)
         key = DropoutKey(torch.tensor([5, 6]))
-        labels = torch.zeros(SEQUENCES, LENGTH)
+        labels = torch.zeros(sequences, LENGTH)
     assert pair.discriminator is not None
     base = shared_rows(pair.generator, pair.discriminator, ids)
     calls = {
@@ -117,9 +117,9 @@ def kept_bytes(config, dtype, monkeypatch, device="cpu"):
     return found
 
 
-def assert_counted(config, dtype, monkeypatch, device="cpu"):
-    planned = activation_bytes(config, SEQUENCES, LENGTH, DTYPES[dtype])
-    for name, count in kept_bytes(config, dtype, monkeypatch, device).items():
+def assert_counted(config, dtype, monkeypatch, device="cpu", sequences=2):
+    planned = activation_bytes(config, sequences, LENGTH, DTYPES[dtype])
+    for name, count in kept_bytes(config, dtype, monkeypatch, device, sequences).items():
         assert planned[name] == pytest.approx(count, rel=0.02), name
 
 
@@ -156,6 +156,14 @@ def test_activations_of_variants(variant, backend, monkeypatch):
     for checkpointing in ("none", "full"):
         config = run(backend, checkpointing, **changes)
         assert_counted(config, torch.bfloat16, monkeypatch)
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_activations_of_other_micro_batches(sequences, backend, monkeypatch):
+    """One sequence alone shares the table without copies."""
+    for dtype in DTYPES:
+        assert_counted(run(backend), dtype, monkeypatch, sequences=sequences)
 
 
 def fused(**changes) -> RunConfig:

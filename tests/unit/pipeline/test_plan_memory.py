@@ -16,17 +16,17 @@ from pipeline.plan.sharding import FP32_BYTES, STATE_KINDS, Sharding
 from pipeline.plan.storage import TEXT_BYTES, plan_storage
 from pipeline.plan.zero_memory import state_bytes
 from tests import engines
-from tests.distributed.test_plan_communication import (
+from tests.numerics.test_plan_activations import LENGTH, run
+from tests.planned_engines import (
     BF16,
     FP32,
     POINTS,
-    STAGE_3,
     Kept,
     assert_kept,
     storages,
     train_point,
+    zero,
 )
-from tests.numerics.test_plan_activations import LENGTH, run
 
 ONE_RANK = (
     "large, stage 0",
@@ -140,7 +140,7 @@ PEAKS = {
     "attention": ("torch", "attention", 0.1, BF16, {"stage": 1}, 0.05),
     "full": ("torch", "full", 0.1, BF16, {"stage": 1}, 0.05),
     "eager": ("eager", "none", 0.1, BF16, {"stage": 1}, 0.08),
-    "stage 3": ("torch", "none", 0.1, BF16, {"stage": 3, **STAGE_3}, 0.05),
+    "stage 3": ("torch", "none", 0.1, BF16, zero(3), 0.05),
     "logits": ("torch", "none", 0.0, FP32, {"stage": 0}, 0.1),
 }
 
