@@ -81,8 +81,8 @@ def _memory(plan: Plan) -> Iterator[Figure]:
     source = f"the sum of the above; of {gib(gpu.memory_bytes)}: {verdict}"
     yield _bytes(section, "total", plan.peak.total, "modelled", source)
     if plan.peak.host:
-        source = "offloaded state, from DeepSpeed's source; held by no test"
-        yield _bytes(section, "in CPU memory, a rank", plan.peak.host, "counted", source)
+        source = "offloaded state, from DeepSpeed's source; no test holds it"
+        yield _bytes(section, "in CPU memory, a rank", plan.peak.host, "modelled", source)
 
 
 def _activation_source(plan: Plan) -> tuple[Kind, str]:

@@ -1,20 +1,27 @@
 """The settings that `deberta plan` proposes."""
 
+from dataclasses import replace
+
 import pytest
 
 from data_prep.errors import UserError
 from pipeline.config_loading import load_run_config
 from pipeline.plan.devices import Cluster, gpu_type
+from pipeline.plan.planning import evaluate
 from pipeline.plan.search import (
     WORTH_SHARDING,
+    Alternative,
     default_deepspeed,
     fastest,
     named_keys,
     propose,
 )
-from tests.planning import EIGHT, LARGE, deepspeed_of
+from tests.planning import EIGHT, LARGE, deepspeed_of, plan_of
 
 WAYS = {(backend, kind) for backend in ("torch", "triton") for kind in ("none", "layer")}
+
+
+TORCH = ("torch", "none")
 
 
 def proposed(config, cluster=EIGHT):
@@ -43,6 +50,27 @@ def test_a_proposal_fits_and_is_the_fastest():
             assert each.too_large.peak.total > cluster.gpu.memory_bytes
     assert any(each.too_large is not None for each in tried)
     assert (best.config.model.attention_backend, best.config.model.compile) == ("triton", "layer")
+
+
+def test_a_micro_batch_is_as_lean_as_it_can_be():
+    """The least memory among those that are a hundredth slower at most than the fastest."""
+    jsons = {n: deepspeed_of(LARGE, train_micro_batch_size_per_gpu=n) for n in (1, 2, 4, 8, 16, 32)}
+    plans = [evaluate(LARGE, each, EIGHT) for each in jsons.values()]
+    best = next(each.best for each in propose(LARGE, jsons[1], EIGHT) if each.way == TORCH)
+    assert best is not None
+    fast = [p for p in plans if p.run_seconds <= 1.01 * min(q.run_seconds for q in plans)]
+    assert best.peak.total == min(plan.peak.total for plan in fast)
+    assert len(fast) > 1
+    assert best.run_seconds > min(plan.run_seconds for plan in plans)
+
+
+@pytest.mark.parametrize(("gain", "stage"), [(1.04, 1), (1.06, 2)])
+def test_a_higher_stage_must_be_worth_it(gain, stage):
+    low, high = (plan_of(LARGE, zero_optimization={"stage": each}) for each in (1, 2))
+    high = replace(high, run_seconds=low.run_seconds / gain)
+    best = fastest([Alternative(LARGE, 2, high, None), Alternative(LARGE, 1, low, None)])
+    assert best is not None
+    assert best.sharding.stage == stage
 
 
 def test_what_the_configuration_names_is_kept():
