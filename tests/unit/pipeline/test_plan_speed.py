@@ -53,13 +53,13 @@ def test_bytes_of_a_layer_are_those_of_its_operations(backend, dropout):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_bytes_of_a_compiled_layer_are_those_of_the_benchmark(backend, dropout):
+@pytest.mark.parametrize(("backend", "tolerance"), [("torch", 0.03), ("triton", 0.01)])
+def test_bytes_of_a_compiled_layer_are_those_of_the_benchmark(backend, tolerance, dropout):
     """Compiling takes minutes: `make bench` has counted the graphs and the kernels' own traffic."""
     (path,) = (ROOT / "tests" / "benchmarks" / "results").glob("traffic-*.json")
     facts = json.loads(path.read_text())["facts"]
     counted = facts[f"KiB a token, dropout {dropout:g}, ours, {backend}, compiled layer"]
-    assert layer_bytes(backend, "layer", dropout) / 1024 == pytest.approx(counted, rel=0.03)
+    assert layer_bytes(backend, "layer", dropout) / 1024 == pytest.approx(counted, rel=tolerance)
 
 
 def layer_bytes(backend, compiles, dropout):
