@@ -1,6 +1,6 @@
 # Each target makes the virtual environment if it is missing or older than what it is made from.
 #   make demo    raw text -> tokenizer -> shards -> training -> export -> scores, on a CPU
-#   make test    the test suite
+#   make test    the test suite, by files over WORKERS=logical|N processes, at most 4
 #   make lint    ruff and pyright
 #   make faults  the fault matrix: every row, and a table of what was seen
 #   make soak    KILLS=200 random kills against undisturbed runs
@@ -20,6 +20,8 @@ STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 DEMO ?= demo
 KILLS ?= 200
+# Cores; `logical` asks the machine.
+WORKERS ?= logical
 
 export DS_BUILD_OPS = 0
 
@@ -43,7 +45,8 @@ demo: $(STAMP)
 	$(BIN)/deberta demo --output $(DEMO)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not faults" tests
+	$(BIN)/python -m pytest -m "not gpu and not faults" --numprocesses $(WORKERS) --maxprocesses 4 \
+		--dist loadfile --no-loadscope-reorder --durations 15 --slow-files 20 tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

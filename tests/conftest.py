@@ -1,5 +1,6 @@
 """What the whole suite shares: one small corpus, tokenizer and dataset, and a tiny run on them."""
 
+import collections
 import gc
 import json
 import os
@@ -7,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+from tests.faults.forks import close_shared_server
 
 # Before torch is imported anywhere: two cores, shared by the processes of a distributed test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -53,6 +56,31 @@ max_sequences = 24
 [logging]
 interval_steps = 3
 """
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow-files", type=int, default=0, help="show so many of the slowest files")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Seconds by file, setups and teardowns included: what keeps `make test` long."""
+    if not (count := config.getoption("slow_files")):
+        return
+    seconds = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section(f"slowest {count} files, of {seconds.total():.0f} s in all")
+    for name, spent in seconds.most_common(count):
+        terminalreporter.write_line(f"{spent:7.1f}s {name}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server_ends():
+    """Worlds are forked from a server that the first of them starts."""
+    yield
+    close_shared_server()
 
 
 @pytest.fixture(scope="session")

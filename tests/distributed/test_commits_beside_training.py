@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pipeline import faults
-from tests.worlds import environment, rows, train
+from tests.forked_worlds import train
+from tests.worlds import environment, rows
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from tests.worlds import largest_difference, rows, train
+from tests.forked_worlds import train
+from tests.worlds import largest_difference, rows
 
 pytestmark = pytest.mark.distributed
 

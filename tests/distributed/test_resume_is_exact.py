@@ -7,7 +7,9 @@ import signal
 
 import pytest
 
-from tests.worlds import rows, train, train_and_kill
+from tests import worlds
+from tests.forked_worlds import train, train_and_kill
+from tests.worlds import rows
 
 pytestmark = pytest.mark.distributed
 
@@ -61,7 +63,7 @@ def test_stop_request_to_one_rank(tiny_run, deepspeed_json, dataset_folder, tmp_
         return json.loads((stopped / ".holder.json").read_text())["pid"]
 
     arguments = (config, ds, dataset_folder, stopped, *LONG)
-    code, output = train_and_kill(
+    code, output = worlds.train_and_kill(
         has_row(stopped, 3), signal.SIGUSR1, *arguments, only=rank_0, ranks=2
     )
     state = json.loads((stopped / "state.json").read_text())
@@ -77,7 +79,7 @@ def test_stop_request_to_one_rank(tiny_run, deepspeed_json, dataset_folder, tmp_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_exit_code_of_a_stopped_process(number, tiny_run, deepspeed_json, dataset_folder, tmp_path):
     run = tmp_path / "run"
-    code, output = train_and_kill(
+    code, output = worlds.train_and_kill(
         has_row(run, 3), number, tiny_run(), deepspeed_json(1, 4), dataset_folder, run, *LONG
     )
     assert code == 75, output

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.worlds import rows, train
+from tests.forked_worlds import train
+from tests.worlds import rows
 
 pytestmark = pytest.mark.distributed
 

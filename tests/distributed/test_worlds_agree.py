@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 
-from tests.worlds import largest_difference, rows, train
+from tests import worlds
+from tests.forked_worlds import train
+from tests.worlds import largest_difference, rows
 
 pytestmark = pytest.mark.distributed
 
@@ -26,10 +28,13 @@ def test_stages_ranks_launchers_and_changes_between_them(
 ):
     config, folder = reference
     expected = rows(folder)
-    for stage, launcher in ((0, "torchrun"), (1, "deepspeed"), (2, "mpirun"), (3, "torchrun")):
+    for stage, launcher in ((0, "torchrun"), (1, "deepspeed"), (2, "mpirun"), (3, "fork")):
         run = tmp_path / f"stage-{stage}"
         arguments = (config, deepspeed_json(stage, 2), dataset_folder, run)
-        code, output = train(*arguments, ranks=2, launcher=launcher)
+        if launcher == "fork":
+            code, output = train(*arguments, ranks=2)
+        else:
+            code, output = worlds.train(*arguments, ranks=2, launcher=launcher)
         assert code == 0, output
         assert largest_difference(expected, rows(run)) < SUMMATION_TOLERANCE, stage
     # A commit of one world is continued by another: fewer ranks, another stage, and back.

@@ -1,6 +1,7 @@
 """Worlds that start within a second: ranks forked from a process that has imported everything.
 
-    server     one process for a session of tests; imports once, then forks a launcher a world
+    server     one process for a session of tests (`shared_server`); imports once, then forks a
+               launcher a world
     launcher   forks the ranks, writes their process ids, waits for all of them, writes how each
                ended; it helps nobody: a rank whose peer died has to end by itself
     rank       `pipeline.train.main` with the variables that a launcher sets
@@ -11,6 +12,7 @@ addition: a rank notes which samples every step was given, in a file beside the 
 """
 
 import ctypes
+import functools
 import gc
 import itertools
 import json
@@ -39,14 +41,15 @@ class ForkServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**environment(), "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"},
+            env=_surroundings(),
             cwd=ROOT,
         )
         self._lock = threading.Lock()
         assert self._answer() == "ready"
 
     def launch(self, request: dict[str, Any]) -> int:
-        """Start a world; returns its launcher's process id."""
+        """Start a world in the environment of this moment; returns its launcher's process id."""
+        request = {**request, "environment": _surroundings()}
         with self._lock:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -66,6 +69,23 @@ class ForkServer:
         """End the server; launchers and ranks that are left die with it."""
         self._process.kill()
         self._process.communicate()
+
+
+def _surroundings() -> dict[str, str]:
+    return {**environment(), "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@functools.cache
+def shared_server() -> ForkServer:
+    """The one server of this process, started when it is first asked for."""
+    return ForkServer()
+
+
+def close_shared_server() -> None:
+    """End the server of this process, if there is one."""
+    if shared_server.cache_info().currsize:
+        shared_server().close()
+        shared_server.cache_clear()
 
 
 def serve() -> None:
@@ -165,6 +185,8 @@ def _replace(path: Path, value: Any) -> None:
 
 def _train(request: dict[str, Any], rank: int) -> None:
     _die_with_parent()
+    os.environ.clear()
+    os.environ.update(request["environment"])
     if request["ranks"] > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["ranks"]))
         os.environ.update(request["variables"])

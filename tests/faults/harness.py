@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.faults import VARIABLE
 from tests.faults.fingerprint import Fingerprint, fingerprint
-from tests.faults.forks import ForkServer
+from tests.faults.forks import close_shared_server, shared_server
 from tests.faults.running import TIMEOUT_SECONDS, Outcome, Running
 from tests.worlds import ROOT, command, environment
 
@@ -55,7 +55,6 @@ class Lab:
         self.folder = folder
         self.dataset = dataset
         self._write_toml = write_toml
-        self._server: ForkServer | None = None
         self._references: dict[Setup, Fingerprint] = {}
         self._reference_folders: dict[Setup, Path] = {}
 
@@ -142,8 +141,6 @@ class Lab:
     def _fork(
         self, run: Path, words: list[str], log: Path, variables: dict[str, str], **options: Any
     ) -> Running:
-        if self._server is None:
-            self._server = ForkServer()
         ranks = options.setdefault("ranks", 1)
         request = {
             "program": "train",
@@ -156,7 +153,7 @@ class Lab:
             "clock_jump_seconds": 0.0,
             **options,
         }
-        return Running(run, log.with_suffix(".json"), log, self._server.launch(request))
+        return Running(run, log.with_suffix(".json"), log, shared_server().launch(request))
 
     @contextlib.contextmanager
     def start_command(self, *words: object, folder: Path) -> Iterator[Running]:
@@ -210,5 +207,4 @@ class Lab:
 
     def close(self) -> None:
         """End the fork server."""
-        if self._server is not None:
-            self._server.close()
+        close_shared_server()

@@ -14,8 +14,9 @@ from pipeline.hf_layout import repository_config, repository_tensors
 from pipeline.initialize.pair import initialize_pair
 from pipeline.run_data import open_run_data
 from pipeline.runtime import World
+from tests.forked_worlds import train
 from tests.reference.released_repositories import TABLE, save
-from tests.worlds import rows, train
+from tests.worlds import rows
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.worlds import ROOT, environment, rows, train
+from tests.forked_worlds import train
+from tests.worlds import ROOT, environment, rows
 
 pytestmark = pytest.mark.timeout(240)
 

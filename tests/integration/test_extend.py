@@ -17,8 +17,10 @@ from pipeline.commands_extend import extend_command
 from pipeline.extend import ExtendOptions, apply_extension, plan_extension
 from pipeline.run_folder import RunFolder
 from pipeline.skip_list import FILE_NAME
+from tests import forked_worlds
 from tests.conftest import TINY_RUN
-from tests.worlds import ROOT, environment, rows, train
+from tests.forked_worlds import train
+from tests.worlds import ROOT, environment, rows
 
 pytestmark = pytest.mark.distributed
 
@@ -112,7 +114,7 @@ def test_a_finished_run_goes_on_with_another_warm_up(finished, run, tmp_path):
     assert rows(run) == rows(planned)
     assert weights(run, 20) == weights(planned, 20)
     shutil.rmtree(run / "checkpoints" / "step-00000020")
-    code, output = start(command)
+    code, output = forked_worlds.deberta(shlex.split(command)[1:], run)
     assert code == 0, output
     assert "learning rates (" not in output, "the commit of step 16 knows the extension"
     assert (rows(run), weights(run, 20)) == (rows(planned), weights(planned, 20))
@@ -137,7 +139,7 @@ def test_a_branch_goes_on_by_itself(finished, tmp_path):
     state = json.loads((branch / "state.json").read_text())
     assert (state["status"], state["step"]) == ("stopped", 8)
     assert "branched from " in (branch / "restarts.jsonl").read_text()
-    code, output = start(values["command"])
+    code, output = forked_worlds.deberta(shlex.split(values["command"])[1:], branch)
     assert code == 0, output
     assert [row["step"] for row in rows(branch)] == [3, 6, 6, 9, 12, 12, 15, 16, 16]
     assert rows(branch)[:3] == rows(finished.folder)[:3]

@@ -2,9 +2,9 @@
 
     stage_2   ZeRO-2, four micro steps
     stage_3   ZeRO-3, two micro steps
-    killed    as stage_2, but killed at some moment and started again
+    killed    as stage_2, but under torchrun, killed at some moment and started again
 
-One process costs some ten seconds, most of them imports: what is launched is shared.
+One launched process costs some ten seconds, most of them imports: the first two are forked.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config
+from tests import forked_worlds
 from tests.conftest import TINY_RUN
 from tests.reference.plain_replay import Replay
 from tests.worlds import rows, train, train_and_kill
@@ -65,7 +66,7 @@ def launch_worlds(folder, dataset, vocab_size):
     runs = {name: folder / name for name in ("stage_2", "stage_3", "killed")}
     for name, stage, micro in (("stage_2", 2, 1), ("stage_3", 3, 2)):
         ds = deepspeed_file(folder, stage, micro)
-        code, output = train(config, ds, dataset, runs[name], *WORDS, ranks=2)
+        code, output = forked_worlds.train(config, ds, dataset, runs[name], *WORDS, ranks=2)
         assert code == 0, output
 
     arguments = (config, deepspeed_file(folder, 2, 1), dataset, runs["killed"], *WORDS)

@@ -26,7 +26,9 @@ from pipeline.run_data import open_run_data
 from pipeline.run_folder import RunFolder
 from pipeline.session import Session
 from pipeline.train import main, parse, run
-from tests.worlds import ROOT, environment, train
+from tests import worlds
+from tests.forked_worlds import train
+from tests.worlds import ROOT, environment
 
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 CPU_DEBUG = str(ROOT / "ds_configs" / "cpu_debug.json")
@@ -96,7 +98,7 @@ def finished(dataset_folder, tmp_path_factory):
     config.write_text(TINY_RUN.format(vocab_size=vocab_size, dropout=0.1))
     words = ["schedule.max_steps=2", "schedule.warmup_steps=1", "checkpoint.interval_steps=1"]
     arguments = (config, CPU_DEBUG, dataset_folder, folder / "run", *words)
-    code, output = train(*arguments)
+    code, output = worlds.train(*arguments)
     assert code == 0, output
     return SimpleNamespace(arguments=arguments, folder=folder / "run", output=output)
 
