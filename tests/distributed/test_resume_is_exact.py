@@ -14,7 +14,7 @@ from tests.worlds import rows
 pytestmark = pytest.mark.distributed
 
 # Long enough that a signal after the first rows still finds the run at work.
-LONG = ("schedule.max_steps=60", "checkpoint.interval_steps=5", "evaluation.interval_steps=20")
+LONG = ("schedule.max_steps=30", "checkpoint.interval_steps=5", "evaluation.interval_steps=20")
 
 
 def has_row(folder, step):
@@ -47,7 +47,7 @@ def test_kill_and_resume(
     code, output = train(*arguments, ranks=ranks)
     assert code == 0, output
     assert rows(killed) == rows(undisturbed)
-    commits = [folder / "checkpoints" / "step-00000060" for folder in (undisturbed, killed)]
+    commits = [folder / "checkpoints" / "step-00000030" for folder in (undisturbed, killed)]
     for network in ("generator", "discriminator"):
         for rank in range(ranks):
             name = f"{network}/rank-{rank:05d}.safetensors"
