@@ -99,14 +99,17 @@ def start_engines(
                 cpu_offload_class=_cpu_adam() if ds.offload_optimizer else None,
             )
             # DeepSpeed rounds the weights to bf16 or fp16 first and makes its masters from those.
-            exact = {key: p.detach().clone() for key, p in module.named_parameters()}
+            is_rounded = ds.precision in ("bf16", "fp16")
+            exact = {n: p.detach().clone() for n, p in module.named_parameters() if is_rounded}
             engines[name], *_ = deepspeed.initialize(
                 model=module,
                 optimizer=client,
                 config=ds.engine_dict(plan),
                 dist_init_required=False,
             )
-            write_weights(engines[name], world.rank, exact)
+            if is_rounded:
+                write_weights(engines[name], world.rank, exact)
+            del exact  # before the next network's copies
             _send_biases_in_fp32(module)
     return Engines(engines)
 

@@ -116,6 +116,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--world-size goes with --dry-run; a launcher sets the number of ranks")
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"--world-size {options.world_size}: give a number of ranks, 1 or more")
+    for flag, value in (
+        ("--profile", options.profile),
+        ("--memory-snapshot", options.memory_snapshot),
+    ):
+        if value is not None and options.dry_run:
+            raise UserError(
+                f"{flag} {value} measures steps, and --dry-run takes none: leave out one of the two"
+            )
     return options
 
 

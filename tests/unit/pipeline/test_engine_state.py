@@ -11,6 +11,7 @@ from pipeline.engine_state import (
     MOMENTS,
     WEIGHT,
     StateReader,
+    inner_optimizer,
     local_slices,
     restore_state,
     scalar_state,
@@ -90,6 +91,25 @@ def test_fp32_weights_begin_with_all_their_digits(world, stage, precision):
         assert found.keys() == exact.keys()
         assert all(torch.equal(found[key], exact[key]) for key in exact)
         one.run(0, generator=0.0, discriminator=0.0)  # a step at rate 0 changes nothing
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (3, "fp32")])
+def test_only_weights_that_deepspeed_rounds_are_copied(world, monkeypatch, stage, precision):
+    """A copy of fp32 weights would be as large as the network, and hold nothing new."""
+    copied = []
+
+    def count(_engine, _rank, exact):
+        copied.append(sum(w.numel() for w in exact.values()))
+
+    monkeypatch.setattr("pipeline.engine.write_weights", count)
+    one = rig(world, stage=stage, precision=precision)
+    expected = []
+    if precision == "bf16":
+        modules = small_pair().trained_modules().values()
+        expected = [sum(p.numel() for p in module.parameters()) for module in modules]
+    assert copied == expected
+    held = [inner_optimizer(engine).state for engine in one.engines.by_name.values()]
+    assert not any("exp_avg" in state for each in held for state in each.values())
 
 
 @pytest.mark.parametrize(("stage", "precision"), SETTINGS)

@@ -100,6 +100,12 @@ MISTAKES = {
     "world size in words": words(
         "--dry-run", "--world-size", "two", says=["--world-size", "'two'"]
     ),
+    "profile of a dry run": words(
+        "--dry-run", "--profile", "2-3", says=["--profile 2-3", "--dry-run takes none", "leave out"]
+    ),
+    "snapshot of a dry run": words(
+        "--dry-run", "--memory-snapshot", "4", says=["--memory-snapshot 4", "--dry-run takes none"]
+    ),
     "dataset missing": words(
         "data.path=nowhere", "--dry-run", says=["nowhere: no such dataset", "deberta-prep build"]
     ),
