@@ -182,7 +182,7 @@ def _restore(
     session: Session, past: _Past, engines: Engines, identity: dict[str, Any]
 ) -> tuple[TrainState, IntervalSums]:
     """Put optimizer state, counters and sums back; the first values for a new run."""
-    interval = IntervalSums(session.world.device)
+    interval = IntervalSums()
     if past.commit is None:
         # A model that is continued is measured before its first step: the guard compares with it.
         return TrainState(owes_evaluation=bool(session.config.initialize.path)), interval

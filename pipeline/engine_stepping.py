@@ -14,15 +14,16 @@ of micro steps is, so a loss is always
     local sum x world size x the plan's gradient_accumulation_steps / global count
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeline.config import OptimizerSection
+from pipeline.engine_reads import HostRead, reading_once, replaced, step_replicated
 from pipeline.engine_state import inner_optimizer
-from pipeline.optimizer import FiniteGuardAdamW
 
 
 def backward(engine: Any, loss: torch.Tensor, *, is_last: bool) -> None:
@@ -38,6 +39,34 @@ def backward(engine: Any, loss: torch.Tensor, *, is_last: bool) -> None:
     engine.backward(loss)
     if not is_last:
         engine.step()  # updates nothing: it ends the micro step in DeepSpeed's timers and counters
+
+
+@contextlib.contextmanager
+def between_forwards(engine: Any) -> Iterator[None]:
+    """Let single modules of an engine be called outside of its forward passes.
+
+    Under ZeRO-3 DeepSpeed 0.19.8 traces which modules follow which from one forward pass of the
+    engine to its next, to gather weights ahead. A call that is not part of the trace makes it begin
+    anew: no weight is gathered ahead in that micro step, and the ranks compare their traces on the
+    host. Such calls gather what they need and are kept out of the trace.
+
+    Args:
+        engine: A DeepSpeed engine.
+
+    Yields:
+        Once; the calls belong inside.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is None:
+        yield
+        return
+    kept_out = {
+        "trace_prologue": lambda _module: None,
+        "is_record_trace": lambda: False,
+        "is_complete_trace": lambda: False,
+    }
+    with replaced(offload.get_param_coordinator(), **kept_out):
+        yield
 
 
 def set_learning_rates(engine: Any, optimizer: OptimizerSection, factor: float) -> None:
@@ -59,33 +88,32 @@ class StepOutcome:
     applied: bool
     """False where a non-finite gradient kept the weights as they were."""
     grad_norm: float
-    """Global norm before clipping."""
+    """Global norm before clipping; not finite where a gradient was not."""
 
 
-def step_engine(engine: Any) -> StepOutcome:
+def step_engine(engine: Any, read: HostRead | None = None) -> StepOutcome:
     """Take the optimizer step behind the last micro step's backward pass.
 
     Args:
         engine: A DeepSpeed engine whose newest `backward` was the last of its step.
+        read: What comes to the host together with the gradient's norm; nothing else where None.
 
     Returns:
         Whether the step was applied, and the gradient norm.
     """
+    read = read or HostRead()
     if engine.zero_optimization_stage() == 0:
-        norm = float(_replicated_grad_norm(engine.module))
-        engine.step()
-        guard = inner_optimizer(engine)
-        assert isinstance(guard, FiniteGuardAdamW)
-        return StepOutcome(not guard.last_step_skipped, norm)
-    if engine.fp16_enabled():
-        _step_with_one_loss_scale(engine)
-    else:
-        engine.step()
-    norm = engine.get_global_grad_norm()
+        norm = step_replicated(engine, read)
+        return StepOutcome(not inner_optimizer(engine).last_step_skipped, norm)
+    with reading_once(engine, read):
+        if engine.fp16_enabled():
+            _step_with_one_loss_scale(engine)
+        else:
+            engine.step()
     applied = bool(engine.was_step_applied())
     if not applied and engine.zero_optimization_stage() < 3:
         _forget_refused_gradients(engine.optimizer)
-    return StepOutcome(applied, float("nan") if norm is None else float(norm))
+    return StepOutcome(applied, float(engine.get_global_grad_norm()))
 
 
 def _step_with_one_loss_scale(engine: Any) -> None:
@@ -94,14 +122,11 @@ def _step_with_one_loss_scale(engine: Any) -> None:
     DeepSpeed 0.19.8 doubles it between the backward passes and the division by it: gradients that
     are not clipped would be half as large in that step, as would the norm that stage 3 reports.
     """
-    zero, overflows = engine.optimizer, []
-    zero._update_scale = overflows.append
-    try:
+    overflows: list[bool] = []
+    with replaced(engine.optimizer, _update_scale=overflows.append):
         engine.step()
-    finally:
-        del zero._update_scale
     for overflow in overflows:
-        zero._update_scale(overflow)
+        engine.optimizer._update_scale(overflow)
 
 
 def _forget_refused_gradients(zero: Any) -> None:
@@ -113,9 +138,3 @@ def _forget_refused_gradients(zero: Any) -> None:
     sums = getattr(zero, "averaged_gradients", {})
     for group in sums:
         sums[group] = None
-
-
-def _replicated_grad_norm(module: nn.Module) -> torch.Tensor:
-    """Norm of gradients that are already averaged and whole on every rank (stage 0)."""
-    norms = [p.grad.float().norm() for p in module.parameters() if p.grad is not None]
-    return torch.stack(norms).norm()

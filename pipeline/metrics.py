@@ -1,7 +1,8 @@
 """Training's numbers: summed on the device, reduced once a step, written once an interval.
 
     1. A step adds its sums (losses, hits, counts) to one fp64 vector on the device.
-    2. `StepSums.reduce` adds the vectors of all ranks; every rank then holds the same totals.
+    2. `StepSums.reduce` adds the vectors of all ranks; every rank then holds the same totals. They
+       come to the host with what the step's last update reads there anyway.
     3. `IntervalSums` accumulates totals until a row is due; a commit carries what is accumulated,
        so that a resumed run writes the same row.
     4. `pipeline.metrics_writer` writes a row under the same names everywhere.
@@ -30,7 +31,13 @@ _INDEX = {name: position for position, name in enumerate(FIELDS)}
 
 
 class StepSums:
-    """Sums of one optimizer step, on the device; nothing here waits for it."""
+    """Sums of one optimizer step, on the device; nothing here waits for it.
+
+    Attributes:
+        totals: What `reduce` returned, on the host; there once the step's last update has read it.
+    """
+
+    totals: torch.Tensor
 
     def __init__(self, device: torch.device) -> None:
         """Start from zero.
@@ -127,23 +134,19 @@ def ratios(vector: torch.Tensor, prefix: str) -> dict[str, float]:
 
 
 class IntervalSums:
-    """Global sums since the last row; the same on every rank and part of every commit."""
+    """Global sums since the last row, on the host; equal on all ranks and part of every commit."""
 
-    def __init__(self, device: torch.device) -> None:
-        """Start from zero.
+    def __init__(self) -> None:
+        """Start from zero."""
+        self.vector = torch.zeros(len(FIELDS), dtype=torch.float64)
 
-        Args:
-            device: Where the step sums live.
-        """
-        self.vector = torch.zeros(len(FIELDS), dtype=torch.float64, device=device)
-
-    def add(self, reduced: torch.Tensor) -> None:
+    def add(self, totals: torch.Tensor) -> None:
         """Add a step's global sums.
 
         Args:
-            reduced: What `StepSums.reduce` returned.
+            totals: `StepSums.totals`.
         """
-        self.vector += reduced
+        self.vector += totals
 
     def take(self) -> dict[str, float]:
         """Read the figures of the interval and start the next one.

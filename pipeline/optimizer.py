@@ -95,12 +95,15 @@ class FiniteGuardAdamW(AdamW):
     the gradients are. They are all-reduced before the step, so every rank decides alike.
 
     Attributes:
+        gradients_are_finite: What somebody has found out who has read the gradients anyway, for the
+            next step alone; None to look at them there, for which the host waits.
         skipped_steps: Steps left out since construction; not part of the state dict.
         last_step_skipped: Whether the newest step was left out.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.gradients_are_finite: bool | None = None
         self.skipped_steps = 0
         self.last_step_skipped = False
 
@@ -115,6 +118,14 @@ class FiniteGuardAdamW(AdamW):
             None.
         """
         assert closure is None, "the guard has to see the gradients before the step"
+        told, self.gradients_are_finite = self.gradients_are_finite, None
+        self.last_step_skipped = not (self._finds_finite_gradients() if told is None else told)
+        if self.last_step_skipped:
+            self.skipped_steps += 1
+            return None
+        return super().step()
+
+    def _finds_finite_gradients(self) -> bool:
         gradients = [
             parameter.grad
             for group in self.param_groups
@@ -124,11 +135,7 @@ class FiniteGuardAdamW(AdamW):
         # The largest magnitude is infinite or NaN exactly if some gradient is; a 2-norm could
         # overflow although every gradient is finite.
         largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
-        self.last_step_skipped = not bool(torch.isfinite(largest))
-        if self.last_step_skipped:
-            self.skipped_steps += 1
-            return None
-        return super().step()
+        return bool(torch.isfinite(largest))
 
 
 class UncorrectedAdamW(AdamW):
@@ -140,6 +147,11 @@ class UncorrectedAdamW(AdamW):
     Source:
         DeBERTa/optims/xadam.py.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # By group's first parameter: its counter, what torch calls the tensor's version, its value.
+        self._known: dict[torch.Tensor, tuple[torch.Tensor, int, int]] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -159,23 +171,39 @@ class UncorrectedAdamW(AdamW):
         """
         assert closure is None, "the step is a function of gradients that are already there"
         written = [{key: group[key] for key in _UNCORRECTED_KEYS} for group in self.param_groups]
-        for group in self.param_groups:
+        adam_steps = [self._completed_steps(group["params"]) + 1 for group in self.param_groups]
+        for group, adam_step in zip(self.param_groups, adam_steps, strict=True):
             beta1, beta2 = group["betas"]
-            adam_step = self._completed_steps(group["params"]) + 1
             c1, c2 = 1 - beta1**adam_step, math.sqrt(1 - beta2**adam_step)
             group["lr"] *= c1 / c2
             group["eps"] /= c2
             group["weight_decay"] *= c2 / c1
         try:
-            return super().step()
+            super().step()
         finally:
             for group, values in zip(self.param_groups, written, strict=True):
                 group.update(values)
+        for group, adam_step in zip(self.param_groups, adam_steps, strict=True):
+            counter = self._counter(group["params"])
+            if counter is not None:
+                self._known[group["params"][0]] = (counter, counter._version, adam_step)
+        return None
 
     def _completed_steps(self, parameters: Sequence[torch.Tensor]) -> int:
-        """Adam's counter of parameters that always step together; 0 before their first step."""
-        steps = (self.state[p]["step"] for p in parameters if "step" in self.state.get(p, ()))
-        return int(next(steps, 0))
+        """Adam's counter of parameters that always step together; 0 before their first step.
+
+        The fused kernel keeps it on the device: it is read only where somebody else has written it.
+        """
+        counter = self._counter(parameters)
+        if counter is None:
+            return 0
+        known, version, steps = self._known.get(parameters[0], (None, 0, 0))
+        is_ours = known is counter and counter._version == version
+        return steps if is_ours else int(counter)
+
+    def _counter(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        counters = (self.state[p]["step"] for p in parameters if "step" in self.state.get(p, ()))
+        return next(counters, None)
 
 
 class _FiniteGuardUncorrectedAdamW(FiniteGuardAdamW, UncorrectedAdamW):

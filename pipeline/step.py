@@ -23,6 +23,7 @@ from pipeline.config import ObjectiveSection
 from pipeline.counter_rng import DropoutKey
 from pipeline.data import SequenceBatch
 from pipeline.engine import Engines
+from pipeline.engine_stepping import between_forwards
 from pipeline.masking import MaskedBatch
 from pipeline.metrics import StepSums
 from pipeline.modeling.networks import RtdOutput
@@ -40,7 +41,7 @@ class MlmStep(TrainingStep):
     def phases(self, step, batches, slots, draws, scales, sums, prepare):
         """See `TrainingStep.phases`."""
         self.generator_phase(step, batches, slots, draws, scales.per_masked_token, sums)
-        return {"generator": self.update("generator", step, prepare)}
+        return {"generator": self.update("generator", step, prepare, sums)}
 
     def generator_phase(
         self,
@@ -94,7 +95,7 @@ class DecoupledStep(MlmStep):
         self.discriminator_phase(step, batches, corrupted, scales.per_token, sums)
         return {
             "generator": generator,
-            "discriminator": self.update("discriminator", step, prepare),
+            "discriminator": self.update("discriminator", step, prepare, sums),
         }
 
     def discriminator_phase(
@@ -137,9 +138,13 @@ class DecoupledStep(MlmStep):
     ) -> Any:
         """Run the discriminator's engine on rows of E_G as they are now."""
         assert self._pair.discriminator is not None, "replaced token detection without detector"
+        with between_forwards(self._engines["generator"]):
+            rows_BLE = shared_rows(
+                self._pair.generator, self._pair.discriminator, inputs.input_ids_BL
+            )
         return self._engines["discriminator"](
             inputs.input_ids_BL,
-            shared_rows(self._pair.generator, self._pair.discriminator, inputs.input_ids_BL),
+            rows_BLE,
             batch.attention_mask(),
             inputs.is_replaced_BL.float(),
             dropout,
@@ -169,7 +174,7 @@ class JointStep(TrainingStep):
             loss = mlm.loss_sum * scales.per_masked_token
             loss = loss + rtd.loss_sum * scales.per_token * self._rtd_loss_weight
             self.backward("joint", loss, step, micro_step, len(batches))
-        return {"joint": self.update("joint", step, prepare)}
+        return {"joint": self.update("joint", step, prepare, sums)}
 
     def predict(self, batch, slots, draw):
         """See `TrainingStep.predict`."""

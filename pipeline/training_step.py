@@ -18,6 +18,7 @@ from pipeline.counter_rng import DropoutKey
 from pipeline.data import SequenceBatch
 from pipeline.ds_config import BatchPlan
 from pipeline.engine import Engines
+from pipeline.engine_reads import HostRead
 from pipeline.engine_stepping import StepOutcome, backward, step_engine
 from pipeline.masking import MaskedBatch
 from pipeline.metrics import StepSums
@@ -30,10 +31,10 @@ from pipeline.throughput import ForwardTimer
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; sums and outcomes are equal on all ranks."""
+    """What a step did, on the host; sums and outcomes are equal on all ranks."""
 
     sums: torch.Tensor
-    """fp64 vector of global sums in the order of `metrics.FIELDS`, on the device."""
+    """fp64 vector of global sums in the order of `metrics.FIELDS`."""
     outcomes: dict[str, StepOutcome]
     """By engine: what its optimizer did."""
     forward_seconds: float
@@ -127,9 +128,7 @@ class TrainingStep(ABC):
         draws = [keys.draw(batch) for batch in batches]
         outcomes = self.phases(step, batches, slots, draws, scales, sums, prepare)
         faults.reach("step.end", step)
-        self._hooks.mark("sums", step)
-        totals = sums.reduce()
-        return StepResult(totals, outcomes, self.forward_timer.take_seconds())
+        return StepResult(sums.totals, outcomes, self.forward_timer.take_seconds())
 
     @abstractmethod
     def phases(
@@ -150,7 +149,7 @@ class TrainingStep(ABC):
             slots: Their masked slots.
             draws: What their draws depend on.
             scales: What sums of losses are multiplied by.
-            sums: Collects losses and hits.
+            sums: Collects losses and hits; goes to the last `update`.
             prepare: Called with an engine's name before its step.
 
         Returns:
@@ -170,22 +169,37 @@ class TrainingStep(ABC):
             Both networks' outputs.
         """
 
-    def update(self, name: str, step: int, prepare: Callable[[str], None]) -> StepOutcome:
+    def update(
+        self,
+        name: str,
+        step: int,
+        prepare: Callable[[str], None],
+        sums: StepSums | None = None,
+    ) -> StepOutcome:
         """Set an engine's rates and take its step.
 
         Args:
             name: Of the engine.
             step: Completed steps before this one.
             prepare: Sets the rates.
+            sums: Those of the step where this is its last update: they are added over the ranks,
+                and come to the host together with the gradient's norm.
 
         Returns:
             What the optimizer did.
         """
+        read = HostRead()
+        if sums is not None:
+            self._hooks.mark("sums", step)
+            read = HostRead(sums.reduce())
         network = "generator" if name == "generator" else "discriminator"
         faults.reach(f"step.{network}_update", step)
         self._hooks.mark(f"{name} update", step)
         prepare(name)
-        return step_engine(self._engines[name])
+        outcome = step_engine(self._engines[name], read)
+        if sums is not None:
+            sums.totals = read.passengers
+        return outcome
 
     def backward(
         self, name: str, loss: torch.Tensor, step: int, micro_step: int, micro_steps: int

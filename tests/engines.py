@@ -30,6 +30,16 @@ LAUNCHER = {
 LENGTH = 12
 RATE = 1e-3
 NO_HOOKS = StepHooks()
+SUMMED_IN_FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+PRECISION_BLOCKS = {
+    "fp32": {"bf16": {"enabled": False}},
+    "bf16": {"bf16": {"enabled": True}, **SUMMED_IN_FP32},
+    "fp16": {
+        "fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 8},
+        **SUMMED_IN_FP32,
+    },
+    "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+}
 VOCABULARY = MaskingVocabulary(small_networks.MASK_ID)
 
 
@@ -39,11 +49,9 @@ def deepspeed_config(stage=1, precision="fp32", micro=4, train_batch_size=8, cli
         "train_batch_size": train_batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_clipping": clipping,
-        "bf16": {"enabled": precision == "bf16"},
+        **PRECISION_BLOCKS[precision],
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 1_000_000},
     }
-    if precision == "bf16":
-        document["data_types"] = {"grad_accum_dtype": "fp32"}
     return check_deepspeed_config(document, "test.json")
 
 

@@ -127,7 +127,7 @@ class Run:
             Recovery(config, self.rig.engines, services, world, self.log),
             world=world,
             state=state or TrainState(),
-            interval=IntervalSums(world.device),
+            interval=IntervalSums(),
             identity={"world_size": 1},
             config_json="{}\n",
         )

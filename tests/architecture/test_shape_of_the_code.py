@@ -23,7 +23,7 @@ LAYERS = {
     3: "optimizer metrics metrics_writer runtime run_folder throughput prefetch progress faults "
     "watchdog hang_report rendezvous run_lock stragglers stop_signal skip_list spikes profiling "
     "memory_snapshot compilation",
-    4: "engine rank_files engine_state engine_reload engine_stepping replicas",
+    4: "engine rank_files engine_state engine_reads engine_reload engine_stepping replicas",
     5: "trainer checkpoint commit step objective_keys assemble banner export export_reload "
     "export_verify hf_layout model_card evaluate compare run_data weights guard initialize "
     "session run_services training_step train_state recovery commit_writer commit_upkeep "
@@ -33,7 +33,7 @@ LAYERS = {
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 CONTRACT = {"data_prep.errors", "data_prep.manifest", "data_prep.shards", "data_prep.tokenizer"}
-MAY_NAME_DEEPSPEED = {"engine", "checkpoint", "export"}
+MAY_NAME_DEEPSPEED = {"engine", "engine_reads", "checkpoint", "export"}
 FORBIDDEN_BELOW_SERVICES = {"deepspeed", "torch.distributed", "time"}
 
 

@@ -281,6 +281,26 @@ def test_poison_in_one_micro_batch_of_several_skips_the_step(world, stage):
     )
 
 
+def test_reading_the_embeddings_leaves_the_trace_of_the_generator_whole(world, monkeypatch):
+    """ZeRO-3 gathers weights ahead along it; begun anew, the ranks compare it on the host."""
+    one, invalidated = rig(world, stage=3, micro=2), []
+    modules = [
+        engine.optimizer.parameter_offload.get_param_coordinator()
+        for engine in one.engines.by_name.values()
+    ]
+    for name, coordinator in zip(NETWORKS, modules, strict=True):
+        invalidate = coordinator._invalidate_trace
+        monkeypatch.setattr(
+            coordinator,
+            "_invalidate_trace",
+            lambda name=name, invalidate=invalidate: (invalidated.append(name), invalidate()),
+        )
+    for step in range(3):
+        one.run(step)
+        assert [each.is_complete_trace() for each in modules] == [True, True], step
+    assert invalidated == []
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_parameter_gets_a_gradient(world, stage):
     """Trap 18: none is dead, at any stage."""

@@ -1,6 +1,10 @@
 """Deterministic kernels, host synchronisations and memory of a micro step."""
 
+import json
+import subprocess
+import sys
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from tests.gpu.networks_on_device import (
     micro_step,
     pair,
 )
+from tests.worlds import ROOT, environment
 
 # The first product of a backward thread may find no context yet, and says so.
 # Dynamo looks at every argument's gradient, and hides the warning where warnings are not errors.
@@ -78,6 +83,29 @@ def test_the_host_never_waits_in_a_micro_step(cuda, backend, compiled, record_pr
     # torch copies strides from the host for a deterministic scatter: the corrupted ids.
     record_property("synchronisations_of_deterministic_kernels", deterministic)
     assert fast == 0
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="not installed: deepspeed")
+def test_the_host_waits_once_at_each_boundary_of_a_whole_step(device, record_property):
+    """Decoupled twice a step, joint once; on a CPU, where nothing waits, the program is tried."""
+    command = [sys.executable, "-m", "tests.gpu.whole_steps", "--device", device.type]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    waits = json.loads(done.stdout.splitlines()[-1])["waits"]
+    record_property("waits", json.dumps(waits))
+    assert len(waits) >= 4
+    for cell, phases in waits.items():
+        engines = ("joint",) if cell.startswith("joint") else ("generator", "discriminator")
+        assert {f"{name} {part}" for name in engines for part in ("forward", "backward")} <= {
+            *phases
+        }
+        expected = 1 if device.type == "cuda" else 0
+        for phase, places in phases.items():
+            assert len(places) == (expected if phase.endswith("update") else 0), (
+                cell,
+                phase,
+                places,
+            )
 
 
 def peak_bytes(function):

@@ -119,7 +119,7 @@ def test_sums_keep_no_graph():
 
 
 def test_an_interval_is_the_sum_of_its_steps_and_starts_anew():
-    interval = IntervalSums(CPU)
+    interval = IntervalSums()
     interval.add(vector(mlm_loss_sum=10, masked_tokens=2))
     interval.add(vector(mlm_loss_sum=1, masked_tokens=9))
     assert interval.take() == {"train/mlm_loss": 1.0, "train/mlm_accuracy": 0.0}
@@ -129,17 +129,17 @@ def test_an_interval_is_the_sum_of_its_steps_and_starts_anew():
 def test_an_interrupted_interval_goes_on_bit_for_bit():
     random.seed(0)
     awkward = [0.1, 1 / 3, 1e-300, 5e-324, 2**53 + 1.0, -0.0, math.inf, random.random(), 1e22]
-    first = IntervalSums(CPU)
+    first = IntervalSums()
     first.add(torch.tensor(awkward, dtype=torch.float64))
     state = json.loads(json.dumps(first.state()))
-    second = IntervalSums(CPU)
+    second = IntervalSums()
     second.load_state(state)
     before, after = first.vector.tolist(), second.vector.tolist()
     assert [value.hex() for value in after] == [value.hex() for value in before] == state
 
 
 def test_an_interval_with_nan_survives_a_commit():
-    first, second = IntervalSums(CPU), IntervalSums(CPU)
+    first, second = IntervalSums(), IntervalSums()
     first.add(vector(mlm_loss_sum=math.nan, masked_tokens=3))
     second.load_state(json.loads(json.dumps(first.state())))
     assert math.isnan(second.take()["train/mlm_loss"])

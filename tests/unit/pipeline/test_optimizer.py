@@ -15,6 +15,7 @@ from pipeline.optimizer import (
     build_optimizer,
     parameter_groups,
 )
+from tests.gpu.host_reads import HostReads
 from tests.reference.plain_adamw import PlainAdamW
 
 SECTION = OptimizerSection(
@@ -187,6 +188,48 @@ def test_a_restored_counter_is_the_uncorrected_one_s():
                 parameters["w"].grad = gradients["w"]
                 one.step()
     assert torch.equal(first["w"], second["w"])
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_uncorrected_steps_of_the_fused_kernel_read_nothing(stage):
+    """A GPU keeps the counter where the host would wait for it, in every step and group."""
+    parameters = {"a.weight": nn.Parameter(torch.ones(3)), "a.bias": nn.Parameter(torch.ones(3))}
+    optimizer = build_optimizer(
+        parameter_groups(parameters.items(), 0.01),
+        RELEASED,
+        learning_rate=0.1,
+        device_type="cuda",
+        zero_stage=stage,
+    )
+    with HostReads() as reads:
+        for number, _ in enumerate(steps_of(optimizer, parameters, RATES[:6])):
+            if number == 4:  # as a roll-back writes it
+                for state in optimizer.state.values():
+                    state["step"].fill_(1)
+            reads.mark("written" if number == 4 else "known", number)
+            if stage == 0:
+                optimizer.gradients_are_finite = True
+            optimizer.step()
+            reads.mark("next gradients", number)
+    assert [state["step"].item() for state in optimizer.state.values()] == [3, 3]
+    assert not reads.of("known")
+    assert sum(reads.of("written").values()) == 2
+
+
+def test_the_guard_believes_whoever_has_looked_for_one_step():
+    (weight,) = weights(1.0)
+    guard = build([weight], zero_stage=0)
+    weight.grad = torch.tensor([0.5])
+    guard.gradients_are_finite = False
+    guard.step()
+    assert guard.last_step_skipped
+    assert weight.item() == 1.0
+    guard.step()
+    assert not guard.last_step_skipped, "the next step looks for itself"
+    assert guard.skipped_steps == 1
+    weight.grad = torch.tensor([float("nan")])
+    guard.step()
+    assert guard.last_step_skipped
 
 
 @pytest.mark.slow

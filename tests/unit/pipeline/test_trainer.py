@@ -9,6 +9,7 @@ from pipeline.checkpoint import SaveError
 from pipeline.commit import list_commits, verify_commit
 from pipeline.engine_stepping import StepOutcome
 from pipeline.train_state import TrainState
+from tests.gpu.host_reads import HostReads
 from tests.running import Run, batches_of
 
 
@@ -31,6 +32,25 @@ def test_events_of_an_undisturbed_run(world, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "step 2/6  mlm" in printed
     assert "step 6 held-out: mlm 6.0000" in printed
+
+
+def test_a_step_without_events_reads_the_device_once_an_engine(world, tmp_path):
+    """Loss, norms and spikes are judged in every step, from what came to the host together."""
+    run, reads = Run(world, tmp_path), HostReads()
+    run.when_marked = lambda phase, step: reads.mark(f"{step} {phase}", step)
+    with reads:
+        run.fit()
+    places = {
+        place: count
+        for place, count in reads.of("4 ").items()
+        if not place.endswith(("masking.py:choose_on_host", "stage_1_and_2.py:_optimizer_step"))
+    }
+    the_read = "pipeline/engine_reads.py:bring"
+    assert places == {
+        f"4 generator update: {the_read}": 1,
+        f"4 discriminator update: {the_read}": 1,
+    }
+    assert any("metrics.py" in place for place in reads.of("5 ")), "step 6 has a row"
 
 
 def test_a_row_holds_every_figure(world, tmp_path):
