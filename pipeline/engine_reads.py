@@ -133,7 +133,7 @@ def _group_norms(zero: Any, groups: Sequence[Any], dtype: torch.dtype) -> torch.
     return sums.sqrt()
 
 
-def step_replicated(engine: Any, read: HostRead) -> float:
+def step_replicated(engine: Any, read: HostRead) -> tuple[bool, float]:
     """Take an engine's step at ZeRO stage 0, where every rank holds all gradients.
 
     Args:
@@ -141,23 +141,24 @@ def step_replicated(engine: Any, read: HostRead) -> float:
         read: The copy.
 
     Returns:
-        Global norm of the gradient before clipping.
+        Whether the step was applied, and the gradient's global norm before clipping.
     """
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     # The norm may overflow although every gradient is finite.
     largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
-    norm, largest = read.bring(torch.stack([_norm_of_norms(gradients), largest]))
+    norm, largest = read.bring(torch.stack([_norm_of_norms(gradients), largest])).unbind()
     guard = inner_optimizer(engine)
     assert isinstance(guard, FiniteGuardAdamW)
     guard.gradients_are_finite = bool(largest.isfinite())
 
     def clip() -> None:
         factor = torch.tensor(engine.gradient_clipping()) / (norm + 1e-6)
-        torch._foreach_mul_(gradients, float(factor.clamp(max=1.0)))
+        for gradient in gradients:
+            gradient.mul_(float(factor.clamp(max=1.0)))
 
     with replaced(engine, clip_fp32_gradients=clip):
         engine.step()
-    return float(norm)
+    return not guard.last_step_skipped, float(norm)
 
 
 def _norm_of_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

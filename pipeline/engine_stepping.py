@@ -23,7 +23,6 @@ import torch
 
 from pipeline.config import OptimizerSection
 from pipeline.engine_reads import HostRead, reading_once, replaced, step_replicated
-from pipeline.engine_state import inner_optimizer
 
 
 def backward(engine: Any, loss: torch.Tensor, *, is_last: bool) -> None:
@@ -103,8 +102,7 @@ def step_engine(engine: Any, read: HostRead | None = None) -> StepOutcome:
     """
     read = read or HostRead()
     if engine.zero_optimization_stage() == 0:
-        norm = step_replicated(engine, read)
-        return StepOutcome(not inner_optimizer(engine).last_step_skipped, norm)
+        return StepOutcome(*step_replicated(engine, read))
     with reading_once(engine, read):
         if engine.fp16_enabled():
             _step_with_one_loss_scale(engine)

@@ -9,9 +9,8 @@
                discriminator's micro steps
 
 At stage 3 DeepSpeed learns from one micro step in which order modules are used, and keeps weights
-from the forward to the backward pass from then on. Reading E_G for the discriminator is not in the
-generator's order, so that it learns anew in each step's first micro step: there every use of a
-module is a gather. Tests compare all of this with the collectives of real steps.
+from the forward to the backward pass from then on: the plan is of the steps behind that. Tests
+compare all of this with the collectives of real steps.
 """
 
 from collections.abc import Iterator
@@ -107,13 +106,8 @@ def _by_parameter(
     small = set(sharding.persistent(engine))
     large = [each for each in engine.ordered if each not in small]
     overlaps = sharding.overlaps_communication
-    learned = micro_steps
-    gathered = 0
-    if name == "generator" and _reads_generator_outside(config):
-        learned -= 1
-        gathered += _learning_bytes(config, sharding, large)
-    gathered += learned * (_gathered_bytes(sharding, large) + _again_bytes(sharding, large))
-    yield Collective(name, "weights", "all_gather", gathered, overlaps)
+    gathered = _gathered_bytes(sharding, large) + _again_bytes(sharding, large)
+    yield Collective(name, "weights", "all_gather", micro_steps * gathered, overlaps)
     reduced = sum(
         sharding.world_size * sharding.part_elements(each) * sharding.sent_bytes(each)
         for each in engine.ordered
@@ -164,31 +158,3 @@ def _again_bytes(sharding: Sharding, parameters: list[Parameter]) -> int:
             again.append(parameter)
         behind -= parameter.elements
     return _gathered_bytes(sharding, again)
-
-
-def _learning_bytes(config: RunConfig, sharding: Sharding, parameters: list[Parameter]) -> int:
-    """One micro step of the generator in which nothing is kept: a gather for every use."""
-    recomputes = config.model.activation_checkpointing == "full"
-    total = 0
-    for parameter in parameters:
-        uses = _uses(config, parameter.name)
-        is_layer = ".layer." in parameter.name
-        passes = 3 if recomputes and is_layer else 2
-        total += passes * uses * _gathered_bytes(sharding, [parameter])
-    return total
-
-
-def _uses(config: RunConfig, name: str) -> int:
-    """How often the generator's forward pass calls the module of a parameter."""
-    network, objective = config.generator, config.objective
-    if "word_embeddings" in name:
-        return 2  # looked up, and multiplied in the head
-    last = f".layer.{network.num_hidden_layers - 1}."
-    passes = 2 if objective.enhanced_mask_decoder else 1
-    is_last, relative = last in name, network.relative_attention
-    tables = (passes if is_last and network.hidden_dropout_prob > 0.0 else 1) if relative else 0
-    if "query_proj" in name:
-        return tables + (passes if is_last else 1)
-    if "key_proj" in name:
-        return tables + 1
-    return passes if is_last and "value_proj" not in name else 1

@@ -13,6 +13,10 @@ own (`gpu_cells`), which writes results/gpu-PART-SIZE-DEVICE.json after each of 
 killed at the end of the budget and started again behind a cell that crashed. With --wheels FOLDER,
 packages that the machine lacks come from the wheels that `make gpu-wheels` collected: they are
 checked and unpacked into a temporary folder, which is put on the path.
+
+    python tests/benchmarks/gpu.py --device cpu --size tiny --results FOLDER
+
+tries all of it in some minutes where there is no GPU; its files begin with smoke-, not gpu-.
 """
 
 import argparse
@@ -71,7 +75,8 @@ def environment(device: str, packages: Path | None) -> dict[str, str]:
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     if device == "cpu":
-        added["CUDA_VISIBLE_DEVICES"] = ""
+        # Kernels in C++ would take longer to compile than all else, and are not those of a GPU.
+        added |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
     places = [str(ROOT), str(packages or ""), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, **added, "PYTHONPATH": os.pathsep.join(filter(None, places))}
 
@@ -135,8 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-seconds", type=float, help="for all parts together; 480 each")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--wheels", type=Path, help="folder of `make gpu-wheels`")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--results", type=Path, help="folder; tests/benchmarks/results for a GPU")
     options = parser.parse_args(argv)
+    if options.results is None and options.device == "cpu":
+        parser.error("--device cpu tries the programs and measures no GPU: give it its --results")
+    options.results = options.results or HERE / "results"
     parts = [options.part] if options.part else list(PARTS)
     budget_seconds = options.budget_seconds or PART_BUDGET_SECONDS * len(parts)
     begun_seconds = time.monotonic()

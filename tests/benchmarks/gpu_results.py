@@ -1,5 +1,8 @@
 """Cells of a GPU benchmark: in the order of their value, each on disk as soon as it is done.
 
+What a CPU writes that tries the programs begins with "smoke-" instead of "gpu-", in the file's name
+and in its head: whoever collects measurements of GPUs does not find it.
+
 A cell is one comparison. `run_cells` runs them until the time is over: the next cell begins only
 if what the last one took is still left. A cell that raises is a result ("failed", with the reason);
 one that takes the process with it is found by the next process of the same run, which goes on
@@ -35,7 +38,7 @@ class Cell:
 
 
 class ResultFile:
-    """gpu-PART-SIZE-DEVICE.json: replaced as a whole whenever a cell changes."""
+    """gpu-PART-SIZE-DEVICE.json, or smoke-...: replaced as a whole whenever a cell changes."""
 
     def __init__(self, folder: Path, part: str, size: str, device: str, run_id: str) -> None:
         """Open it, or begin it anew.
@@ -49,9 +52,10 @@ class ResultFile:
                 versions have changed.
         """
         name = device_name(device)
-        self.path = folder / f"gpu-{part}-{size}-{slug(name)}.json"
+        benchmark = f"{'gpu' if device == 'cuda' else 'smoke'}-{part}"
+        self.path = folder / f"{benchmark}-{size}-{slug(name)}.json"
         self.run_id = run_id
-        head = {"benchmark": f"gpu-{part}", "size": size, "device": name, "versions": versions()}
+        head = {"benchmark": benchmark, "size": size, "device": name, "versions": versions()}
         self.document: dict[str, Any] = {**head, "shape": {}, "cells": {}}
         if self.path.exists():
             found = json.loads(self.path.read_text(encoding="utf-8"))

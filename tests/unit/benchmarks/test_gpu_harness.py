@@ -17,6 +17,7 @@ from pipeline.modeling.compiled import compiled
 from tests.benchmarks import gpu, gpu_cells, gpu_steps, gpu_wheels
 from tests.benchmarks.gpu_bench import Bench
 from tests.benchmarks.gpu_results import Cell, ResultFile, run_cells
+from tests.benchmarks.run import GPU_FILES
 
 CPU = torch.device("cpu")
 # Dynamo looks at every argument's gradient, and hides the warning where warnings are not errors.
@@ -195,6 +196,17 @@ def test_all_parts_share_one_budget(tmp_path, monkeypatch):
     seen.clear()
     assert gpu.main([*words, "--part", "layer"]) == 0
     assert [(part, round(seconds)) for part, seconds in seen] == [("layer", 480)]
+
+
+def test_what_a_cpu_tries_is_never_taken_for_a_gpu(tmp_path, capsys):
+    tried = result_file(tmp_path, "one")
+    tried.put("cell", "measured", ratio=2.0)
+    assert tried.path.name.startswith("smoke-")
+    assert tried.document["benchmark"].startswith("smoke-")
+    assert list(tmp_path.glob(GPU_FILES)) == []
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--size", "tiny"])
+    assert "measures no GPU: give it its --results" in capsys.readouterr().err
 
 
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"

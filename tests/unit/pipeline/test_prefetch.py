@@ -6,10 +6,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from data_prep.errors import CorruptError, UserError
 from pipeline import faults
 from pipeline.prefetch import Prefetcher
+from tests.engines import sequence_batch
 
 
 class Counting:
@@ -40,6 +42,33 @@ def test_the_prefetcher_gives_every_step_in_order():
     finally:
         prefetcher.close()
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
+class Transfers(TorchFunctionMode):
+    """Writes down what is pinned and copied to a GPU, and copies nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.pinned, self.copied = [], []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.pin_memory:
+            self.pinned.append(args[0].clone())
+            return self.pinned[-1]
+        if function is torch.Tensor.to and isinstance(args[1], torch.device):
+            is_pinned = any(args[0] is each for each in self.pinned)
+            self.copied.append((is_pinned, (kwargs or {}).get("non_blocking", False)))
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_batch_goes_to_a_gpu_from_pinned_memory_and_nobody_waits():
+    with Transfers() as transfers:
+        sequence_batch(range(4)).to(torch.device("cuda"))
+    assert transfers.copied == [(True, True)] * 3
+    with Transfers() as transfers:
+        sequence_batch(range(4)).to(torch.device("cpu"))
+    assert transfers.pinned == [], "a CPU fetches from any memory"
 
 
 def test_the_thread_pins_what_a_gpu_fetches(monkeypatch):
