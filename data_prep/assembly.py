@@ -19,7 +19,8 @@ import numpy as np
 
 from data_prep.manifest import FileInfo, ShardInfo, Split, sync_folder
 from data_prep.npy_files import hash_blocks
-from data_prep.shards import ShardReader, ShardWriter
+from data_prep.shard_writer import ShardWriter
+from data_prep.shards import ShardReader
 from data_prep.unit_work import DROPPED_NAME, UnitMark
 
 JOIN_BELOW_TOKENS = 2**22

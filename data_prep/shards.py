@@ -40,9 +40,7 @@ from data_prep.manifest import (
     Split,
 )
 from data_prep.npy_files import CURE, HEADER_BYTES, check_npy, check_size, read_whole
-from data_prep.shard_writer import DOC_END_DTYPE, TOKEN_DTYPE, ShardWriter
-
-__all__ = ["Dataset", "Manifest", "ShardInfo", "ShardReader", "ShardWriter", "Split"]
+from data_prep.shard_writer import DOC_END_DTYPE, TOKEN_DTYPE
 
 _HEADER_TOKENS = HEADER_BYTES // TOKEN_DTYPE.itemsize
 _LONE_CACHE_BYTES = BLOCK_BYTES  # of a shard that is read by itself, front to back

@@ -31,7 +31,7 @@ from data_prep.manifest import (
 )
 from data_prep.npy_files import hash_blocks
 from data_prep.read_report import ReadReport
-from data_prep.shards import ShardWriter
+from data_prep.shard_writer import ShardWriter
 from data_prep.tokenizer import Tokenizer
 from data_prep.word_encoding import BATCH_CHARACTERS, BulkEncoder
 

@@ -28,19 +28,7 @@ from pipeline.sample_order import (
     SkipList,
     SkippedWindow,
 )
-from pipeline.sequences import CLS_ID, PAD_ID, SEP_ID, UNK_ID, SequenceBatch, SequenceStream
-
-__all__ = [
-    "CLS_ID",
-    "PAD_ID",
-    "SEP_ID",
-    "UNK_ID",
-    "SequenceBatch",
-    "SequenceStream",
-    "TrainBatches",
-    "heldout_batches",
-    "train_batches",
-]
+from pipeline.sequences import SequenceBatch, SequenceStream
 
 
 @dataclass(frozen=True)

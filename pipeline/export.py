@@ -29,7 +29,6 @@ from data_prep.tokenizer import Tokenizer
 from pipeline.commit import Commit, list_commits, read_manifest, verify_commit
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config
-from pipeline.data import SequenceStream
 from pipeline.export_verify import Verification, verify_export
 from pipeline.hf_layout import (
     WEIGHTS_FILE,
@@ -41,6 +40,7 @@ from pipeline.hf_layout import (
 )
 from pipeline.model_card import ExportFacts, heldout_row, model_card
 from pipeline.run_folder import fsync_file, fsync_folder
+from pipeline.sequences import SequenceStream
 from pipeline.weights import load_commit_pair
 
 PRETRAINING_CONFIG = "pretraining_config.json"

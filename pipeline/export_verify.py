@@ -31,9 +31,9 @@ from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
 from pipeline import export_reload
 from pipeline.config import RunConfig
-from pipeline.data import PAD_ID, SEP_ID, SequenceBatch, SequenceStream
 from pipeline.hf_layout import Tensors, pair_from_tensors
 from pipeline.modeling.pair import NetworkPair, shared_rows
+from pipeline.sequences import PAD_ID, SEP_ID, SequenceBatch, SequenceStream
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-9}
 """Largest distance of hidden states, relative to the largest state where that is above 1: rounding

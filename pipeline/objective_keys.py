@@ -2,9 +2,9 @@
 
 from pipeline.config import ObjectiveSection
 from pipeline.counter_rng import Key, stream_key
-from pipeline.data import SequenceBatch
 from pipeline.masking import MaskedBatch, MaskingVocabulary, MaskKeys, choose_masks
 from pipeline.rtd import DrawKey
+from pipeline.sequences import SequenceBatch
 
 
 class ObjectiveKeys:

@@ -14,7 +14,8 @@ import torch
 
 from data_prep.errors import CorruptError, UserError
 from pipeline import faults
-from pipeline.data import SequenceBatch, TrainBatches
+from pipeline.data import TrainBatches
+from pipeline.sequences import SequenceBatch
 
 _LOOK_SECONDS = 0.5
 _NAMED_SAMPLES = 8

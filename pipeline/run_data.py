@@ -10,9 +10,9 @@ from data_prep.manifest import SPLITS, Manifest
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
 from pipeline.config import RunConfig
-from pipeline.data import SequenceStream
 from pipeline.masking import MaskingVocabulary
 from pipeline.objective_keys import ObjectiveKeys
+from pipeline.sequences import SequenceStream
 
 _MAX_SOURCES = 100
 """Sources that a commit names; the tokens of the others are summed up."""

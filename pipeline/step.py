@@ -21,7 +21,6 @@ import torch
 from pipeline import faults
 from pipeline.config import ObjectiveSection
 from pipeline.counter_rng import DropoutKey
-from pipeline.data import SequenceBatch
 from pipeline.engine import Engines
 from pipeline.engine_stepping import between_forwards
 from pipeline.masking import MaskedBatch
@@ -30,6 +29,7 @@ from pipeline.modeling.networks import RtdOutput
 from pipeline.modeling.pair import NetworkPair, PairOutput, shared_rows
 from pipeline.modeling.vocabulary_head import MlmOutput
 from pipeline.rtd import CorruptedBatch, DrawKey, corrupt
+from pipeline.sequences import SequenceBatch
 from pipeline.training_step import TrainingStep
 
 OutputT = TypeVar("OutputT", MlmOutput, RtdOutput)

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import faults
 from pipeline.checkpoint import SaveError
 from pipeline.config import RunConfig
-from pipeline.data import SequenceBatch, TrainBatches
+from pipeline.data import TrainBatches
 from pipeline.engine import Engines, parameter_norm
 from pipeline.engine_state import scalar_state
 from pipeline.engine_stepping import StepOutcome, set_learning_rates
@@ -25,6 +25,7 @@ from pipeline.progress import describe
 from pipeline.recovery import Recovery
 from pipeline.runtime import World, on_all_ranks
 from pipeline.schedule import learning_rate_factor
+from pipeline.sequences import SequenceBatch
 from pipeline.throughput import Throughput
 from pipeline.train_state import Services, TrainState
 from pipeline.training_step import StepAbandoned, StepResult, TrainingStep

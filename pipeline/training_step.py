@@ -15,7 +15,6 @@ import torch.distributed as dist
 from pipeline import faults
 from pipeline.config import ObjectiveSection
 from pipeline.counter_rng import DropoutKey
-from pipeline.data import SequenceBatch
 from pipeline.ds_config import BatchPlan
 from pipeline.engine import Engines
 from pipeline.engine_reads import HostRead
@@ -26,6 +25,7 @@ from pipeline.modeling.pair import NetworkPair, PairOutput
 from pipeline.objective_keys import ObjectiveKeys
 from pipeline.rtd import DrawKey
 from pipeline.runtime import World
+from pipeline.sequences import SequenceBatch
 from pipeline.throughput import ForwardTimer
 
 

@@ -10,12 +10,12 @@ import torch
 
 from pipeline.config import ObjectiveSection, OptimizerSection, RunConfig, ScheduleSection
 from pipeline.counter_rng import sample_words
-from pipeline.data import SequenceBatch
 from pipeline.ds_config import BatchPlan, check_deepspeed_config
 from pipeline.engine import Engines, start_engines
 from pipeline.masking import MaskingVocabulary
 from pipeline.modeling.pair import NetworkPair
 from pipeline.objective_keys import ObjectiveKeys
+from pipeline.sequences import SequenceBatch
 from pipeline.step import build_step
 from pipeline.training_step import StepHooks, StepResult, TrainingStep
 from tests.reference import small_networks

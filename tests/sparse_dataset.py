@@ -15,6 +15,7 @@ from data_prep.assembly import describe_file
 from data_prep.manifest import BLOCK_BYTES, Manifest, ShardInfo, Split
 from data_prep.npy_files import HEADER_BYTES, npy_header
 from data_prep.tokenizer import Tokenizer
+from tests.small_datasets import ZEROS, bare_manifest
 
 DOCUMENTS = 1000
 
@@ -54,7 +55,7 @@ def write_sparse_dataset(
                 num_tokens=count,
                 num_documents=DOCUMENTS,
                 text_bytes=4 * count,
-                tokens_sha256="0" * 64,
+                tokens_sha256=ZEROS,
                 doc_ends_sha256=hashlib.sha256(ends_content).hexdigest(),
                 block_sha256s=blocks,
             )
@@ -64,20 +65,14 @@ def write_sparse_dataset(
             file.truncate(shard_bytes)
         (folder / shards[-1].doc_ends_file).write_bytes(ends_content)
     model = Tokenizer.load(folder / "tokenizer")
-    manifest = Manifest(
+    manifest = bare_manifest(
+        shards,
         vocab_size=model.vocab_size,
         tokenizer_fingerprint=model.fingerprint,
-        command="",
-        software={},
-        sources=(),
-        plan_sha256="0" * 64,
-        dropped={},
-        notes={},
         files=tuple(
             describe_file(path, f"tokenizer/{path.name}")
             for path in sorted((folder / "tokenizer").iterdir())
         ),
-        shards=tuple(shards),
     )
     manifest.save(folder)
     return manifest

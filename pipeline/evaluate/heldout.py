@@ -10,13 +10,14 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from pipeline.data import SequenceBatch, SequenceStream, heldout_batches
+from pipeline.data import heldout_batches
 from pipeline.masking import MaskedBatch
 from pipeline.metrics import StepSums, ratios
 from pipeline.modeling.pair import PairOutput
 from pipeline.objective_keys import ObjectiveKeys
 from pipeline.rtd import DrawKey
 from pipeline.runtime import World
+from pipeline.sequences import SequenceBatch, SequenceStream
 
 _BINS = 8192
 _LOGIT_RANGE = 16.0

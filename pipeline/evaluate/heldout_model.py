@@ -13,13 +13,13 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
-from pipeline.data import SequenceStream
 from pipeline.evaluate.heldout import evaluate_heldout
 from pipeline.evaluate.load import load_pretrained
 from pipeline.export import open_tokenized
 from pipeline.masking import MaskingVocabulary
 from pipeline.objective_keys import ObjectiveKeys
 from pipeline.runtime import World
+from pipeline.sequences import SequenceStream
 
 
 @dataclass(frozen=True)

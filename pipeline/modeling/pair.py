@@ -15,11 +15,11 @@ from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.counter_rng import DropoutKey
-from pipeline.data import SequenceBatch
 from pipeline.masking import MaskedBatch
 from pipeline.modeling.networks import Discriminator, Generator, RtdOutput, init_weights
 from pipeline.modeling.vocabulary_head import MlmOutput
 from pipeline.rtd import CorruptedBatch, DrawKey, corrupt
+from pipeline.sequences import SequenceBatch
 
 
 class PairOutput(NamedTuple):

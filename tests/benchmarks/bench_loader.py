@@ -23,10 +23,11 @@ import numpy as np
 import torch
 
 from data_prep.shards import Dataset
-from pipeline.data import CLS_ID, SEP_ID, SequenceStream, TrainBatches
+from pipeline.data import TrainBatches
 from pipeline.phases import Phase, TrainSchedule
 from pipeline.prefetch import Prefetcher
 from pipeline.sample_order import SampleOrder
+from pipeline.sequences import CLS_ID, SEP_ID, SequenceStream
 from tests.benchmarks.loader_peers import (
     CONTENT,
     LENGTH,

@@ -25,7 +25,6 @@ import torch
 
 from pipeline.config import ObjectiveSection
 from pipeline.counter_rng import sample_words
-from pipeline.data import CLS_ID, PAD_ID, SEP_ID, UNK_ID
 from pipeline.masking import (
     MaskedBatch,
     MaskingVocabulary,
@@ -33,6 +32,7 @@ from pipeline.masking import (
     choose_masks,
     choose_on_device,
 )
+from pipeline.sequences import CLS_ID, PAD_ID, SEP_ID, UNK_ID
 from tests.benchmarks.rounds import Case, Outcome, cpu_seconds, main, measure, require
 
 LENGTH, SEQUENCES, BATCHES = 512, 64, 8

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.manifest import Manifest
-from data_prep.shards import Dataset, ShardWriter
-from pipeline.data import CLS_ID, SEP_ID
+from data_prep.shard_writer import ShardWriter
+from data_prep.shards import Dataset
+from pipeline.sequences import CLS_ID, SEP_ID
+from tests.small_datasets import bare_manifest
 
 LENGTH = 512
 CONTENT = LENGTH - 2
@@ -76,18 +77,7 @@ def write_dataset(folder: Path, num_sequences: int, shards: int = 1) -> Dataset:
                 writer.write(random_tokens(count, first).ravel())
                 writer.end_documents(ends, 4 * CONTENT * count)
             infos.append(writer.finish())
-    Manifest(
-        vocab_size=VOCABULARY,
-        tokenizer_fingerprint="0" * 64,
-        command="",
-        software={},
-        sources=(),
-        plan_sha256="0" * 64,
-        dropped={},
-        notes={},
-        files=(),
-        shards=tuple(infos),
-    ).save(folder)
+    bare_manifest(infos, vocab_size=VOCABULARY).save(folder)
     return Dataset.open(folder)
 
 

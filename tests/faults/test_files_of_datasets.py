@@ -17,7 +17,7 @@ from data_prep.errors import CorruptError
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
-from pipeline.data import SequenceStream
+from pipeline.sequences import SequenceStream
 from tests.faults.harness import Setup
 from tests.sparse_dataset import reseal_dataset, write_sparse_dataset
 

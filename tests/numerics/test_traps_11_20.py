@@ -14,12 +14,12 @@ from torch.nn import functional as F
 import pipeline
 from pipeline.config import ObjectiveSection
 from pipeline.counter_rng import sample_words
-from pipeline.data import CLS_ID, SEP_ID, SequenceBatch
 from pipeline.masking import MaskingVocabulary
 from pipeline.modeling.networks import Generator
 from pipeline.modeling.pair import NetworkPair
 from pipeline.modeling.vocabulary_head import vocabulary_head
 from pipeline.objective_keys import ObjectiveKeys
+from pipeline.sequences import CLS_ID, SEP_ID, SequenceBatch
 from tests.engines import rig, sequence_batch, sequence_batches, small_config
 from tests.reference import rtd_plain
 from tests.reference.plain_judges import (

@@ -16,13 +16,13 @@ from data_prep.hf_tokenizer import compare_tokenizers
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
 from pipeline.config import ObjectiveSection, ScheduleSection
-from pipeline.data import SequenceStream
 from pipeline.export import export_run, find_commit
 from pipeline.initialize.pair import initialize_pair
 from pipeline.modeling.attention import KeySide, disentangled_attention
 from pipeline.modeling.pair import shared_rows
 from pipeline.modeling.relative_positions import relative_positions
 from pipeline.schedule import learning_rate_factor
+from pipeline.sequences import SequenceStream
 from pipeline.weights import load_commit_pair
 from tests.commits import padded_ids, random_pair, run_config, write_commit
 from tests.engines import RATE, rig, small_pair

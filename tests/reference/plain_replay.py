@@ -9,11 +9,11 @@ import torch
 
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
-from pipeline.data import SequenceStream
 from pipeline.masking import MaskingVocabulary
 from pipeline.objective_keys import ObjectiveKeys
 from pipeline.rtd import gumbel_noise
 from pipeline.sample_order import SampleOrder
+from pipeline.sequences import SequenceStream
 from pipeline.weights import new_pair
 from tests.reference.plain_training import PlainBatch, PlainTraining
 from tests.reference.small_networks import leaves

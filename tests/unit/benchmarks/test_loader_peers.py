@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import SequenceStream
+from pipeline.sequences import SequenceStream
 from tests.benchmarks import bench_masking, loader_peers
 from tests.benchmarks.bench_loader import training
 

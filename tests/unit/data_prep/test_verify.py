@@ -13,9 +13,11 @@ from data_prep.assembly import describe_file
 from data_prep.errors import CorruptError, UserError
 from data_prep.manifest import Manifest
 from data_prep.roundtrip import RoundtripReport, measure_roundtrip
-from data_prep.shards import Dataset, ShardWriter
+from data_prep.shard_writer import ShardWriter
+from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
+from tests.small_datasets import bare_manifest
 
 
 @pytest.fixture
@@ -44,17 +46,11 @@ def handmade(folder: Path, tokenizer: Path, documents, num_tokens_lie: int = 0) 
         for path in sorted((folder / "tokenizer").iterdir())
     ]
     model = Tokenizer.load(tokenizer)
-    manifest = Manifest(
+    manifest = bare_manifest(
+        [info],
         vocab_size=model.vocab_size + num_tokens_lie,
         tokenizer_fingerprint=model.fingerprint,
-        command="",
-        software={},
-        sources=(),
-        plan_sha256="0" * 64,
-        dropped={},
-        notes={},
         files=tuple(files),
-        shards=(info,),
     )
     manifest.save(folder)
     return folder

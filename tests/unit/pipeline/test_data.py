@@ -11,18 +11,11 @@ from data_prep.errors import CorruptError
 from data_prep.shards import Dataset
 from pipeline.config_loading import load_run_config
 from pipeline.counter_rng import sample_words
-from pipeline.data import (
-    CLS_ID,
-    PAD_ID,
-    SEP_ID,
-    SequenceStream,
-    TrainBatches,
-    heldout_batches,
-    train_batches,
-)
+from pipeline.data import TrainBatches, heldout_batches, train_batches
 from pipeline.ds_config import BatchPlan
 from pipeline.phases import Phase, TrainSchedule
 from pipeline.sample_order import SampleOrder, SkipList, SkippedWindow
+from pipeline.sequences import CLS_ID, PAD_ID, SEP_ID, SequenceStream
 
 
 class Tokens:

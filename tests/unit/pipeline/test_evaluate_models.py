@@ -54,9 +54,9 @@ def test_run_commit_and_export_have_the_same_figures(random_run, exported, datas
 
 def test_heldout_mlm_loss_by_hand(random_run, dataset_folder):
     """The first sequence's loss from whole logits, with the masks of the run's seed."""
-    from pipeline.data import SequenceStream
     from pipeline.masking import MaskingVocabulary
     from pipeline.objective_keys import ObjectiveKeys
+    from pipeline.sequences import SequenceStream
 
     generator, config = random_run.pair.generator, random_run.config
     dataset = Dataset.open(dataset_folder)

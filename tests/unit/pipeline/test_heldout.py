@@ -8,11 +8,11 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from pipeline.config import ObjectiveSection
-from pipeline.data import SequenceStream
 from pipeline.evaluate.heldout import RocHistogram, evaluate_heldout
 from pipeline.objective_keys import ObjectiveKeys
 from pipeline.rtd import gumbel_noise
 from pipeline.runtime import World
+from pipeline.sequences import SequenceStream
 from tests.engines import VOCABULARY, small_pair
 from tests.reference import small_networks
 from tests.reference.rtd_plain import discriminator_step, generator_step

@@ -6,9 +6,9 @@ import torch
 from data_prep.tokenizer import Tokenizer
 from pipeline.config import ObjectiveSection
 from pipeline.counter_rng import sample_words, stream_key
-from pipeline.data import SequenceBatch
 from pipeline.masking import MaskingVocabulary, MaskKeys, choose_masks
 from pipeline.objective_keys import ObjectiveKeys
+from pipeline.sequences import SequenceBatch
 
 LENGTH, MASK_ID = 32, 60
 VOCABULARY = MaskingVocabulary(MASK_ID)

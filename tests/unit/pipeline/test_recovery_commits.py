@@ -12,13 +12,14 @@ import torch
 from pipeline import faults, recovery
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import CheckpointSection
-from pipeline.data import SequenceStream, TrainBatches
+from pipeline.data import TrainBatches
 from pipeline.engine_state import local_slices, scalar_state
 from pipeline.phases import Phase, TrainSchedule
 from pipeline.recovery import Recovery
 from pipeline.replicas import ReplicaFinding
 from pipeline.run_folder import RunFolder
 from pipeline.sample_order import SampleOrder, SkippedWindow
+from pipeline.sequences import SequenceStream
 from pipeline.skip_list import RollBackLog
 from pipeline.train_state import TrainState
 from tests.engines import LENGTH, rig, small_config

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from data_prep.errors import EXIT_USAGE, UserError
-from data_prep.shards import Dataset, Manifest
+from data_prep.manifest import Manifest
+from data_prep.shards import Dataset
 from pipeline.commit import Commit, list_commits
 from pipeline.config_loading import load_run_config
 from pipeline.ds_config import load_deepspeed_config
