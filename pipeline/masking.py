@@ -222,7 +222,7 @@ def choose_on_host(
     ids_BL, (batch, length) = input_ids_BL.numpy(), input_ids_BL.shape
     words_B2 = sample_words_B2.numpy()
     maskable_BL = (ids_BL >= vocabulary.text_ids.start) & (ids_BL != vocabulary.mask_id)
-    if (lengths_B == length).all():
+    if (lengths_B.numpy() == length).all():
         quota_B = np.full(batch, _quota(length, objective))
     else:
         quota_B = _quotas(lengths_B, length, objective).numpy()
@@ -236,13 +236,17 @@ def choose_on_host(
         chosen = masking_host.choose_uniform(maskable_BL, quota_B, words_BL)
     num_slots = num_masked_slots(length, objective)
     positions_BK, valid_BK = masking_host.fill_slots(chosen, batch, length, num_slots)
-    masked_ids_BL, targets_BK = ids_BL.copy(), np.empty_like(positions_BK)
-    targets_BK[:], targets_BK[valid_BK] = ids_BL[:, :1], ids_BL.reshape(-1)[chosen]
+    masked_ids_BL, targets = ids_BL.copy(), ids_BL.reshape(-1).take(chosen)
+    if len(chosen) == batch * num_slots:
+        targets_BK = targets.reshape(batch, num_slots)
+    else:
+        targets_BK = np.repeat(ids_BL[:, :1], num_slots, axis=1)
+        targets_BK[valid_BK] = targets
     if objective.mask_token_prob == 1.0:
         masked_ids_BL.reshape(-1)[chosen] = vocabulary.mask_id
     else:
         hidden_BL = _replacements(input_ids_BL, sample_words_B2, objective, keys, vocabulary)
-        masked_ids_BL.reshape(-1)[chosen] = hidden_BL.numpy().reshape(-1)[chosen]
+        masked_ids_BL.reshape(-1)[chosen] = hidden_BL.numpy().reshape(-1).take(chosen)
     return MaskedBatch(
         masked_ids_BL=torch.from_numpy(masked_ids_BL),
         positions_BK=torch.from_numpy(positions_BK),

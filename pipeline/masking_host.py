@@ -12,6 +12,7 @@ Letters: B sequences, L sequence length, Q quads of words, W windows, K masked s
 
 import math
 import threading
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ Int64Array = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 _MASK = 0xFFFFFFFF
 _WORD, _HALF = np.uint64(_MASK), np.uint64(32)
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_MULTIPLIERS = np.array([0xCD9E8D57, 0xD2511F53], np.uint64)[:, None, None]  # of c2, of c0
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _QUADS_AT_ONCE = 8192  # three arrays of 128 KiB stay in a core's own cache
@@ -55,19 +56,21 @@ def _philox(
     """Evaluate Philox4x32-10 at the counters (quad, 0, first word, second word).
 
     Of a counter's words two are multiplied in a round, c0 and c2, and two are not, c1 and c3: the
-    pairs lie together, so that one call of NumPy does both.
+    pairs lie together, so that one call of NumPy does both. In the first round quads and samples
+    have not met yet: it is evaluated for each of them by itself.
     """
-    shape = (2, *out_BQ4.shape[:2])
-    factors, others, products = _scratch(shape)
-    factors[0], factors[1] = np.arange(shape[2]), sample_words_B2[:, :1]
-    others[0], others[1] = 0, sample_words_B2[:, 1:]
-    for key_0, key_1 in _round_keys(key):
-        np.multiply(factors[1], _MULTIPLIERS[1], out=products[0])
-        np.multiply(factors[0], _MULTIPLIERS[0], out=products[1])
+    factors, others, products = _scratch((2, *out_BQ4.shape[:2]))
+    first_key, *keys = _round_keys(key)
+    sample_B1 = sample_words_B2[:, :1] * _MULTIPLIERS[0, 0, 0]
+    quad_Q = np.arange(out_BQ4.shape[1], dtype=np.uint64) * _MULTIPLIERS[1, 0, 0]
+    factors[0] = (sample_B1 >> _HALF) ^ first_key[0]
+    np.bitwise_xor(quad_Q >> _HALF, sample_words_B2[:, 1:] ^ first_key[1], out=factors[1])
+    others[0], others[1] = sample_B1 & _WORD, quad_Q & _WORD
+    for round_key in keys:
+        np.multiply(factors[::-1], _MULTIPLIERS, out=products)
         np.right_shift(products, _HALF, out=factors)
         np.bitwise_xor(factors, others, out=factors)
-        np.bitwise_xor(factors[0], key_0, out=factors[0])
-        np.bitwise_xor(factors[1], key_1, out=factors[1])
+        np.bitwise_xor(factors, round_key, out=factors)
         np.bitwise_and(products, _WORD, out=others)
     out_BQ4[:, :, 0], out_BQ4[:, :, 2] = factors
     out_BQ4[:, :, 1], out_BQ4[:, :, 3] = others
@@ -81,13 +84,11 @@ def _scratch(shape: tuple[int, int, int]) -> list[NDArray[np.uint64]]:
     return [array[:size].reshape(shape) for array in _THREAD.arrays]
 
 
-def _round_keys(key: tuple[int, int]) -> list[tuple[np.uint64, np.uint64]]:
-    """The two words that each round mixes in."""
-    weyl_0, weyl_1 = _WEYL
-    return [
-        (np.uint64((key[0] + n * weyl_0) & _MASK), np.uint64((key[1] + n * weyl_1) & _MASK))
-        for n in range(_ROUNDS)
-    ]
+@lru_cache(maxsize=64)
+def _round_keys(key: tuple[int, int]) -> NDArray[np.uint64]:
+    """The two words that each round mixes in, uint64 [rounds, 2, 1, 1]."""
+    steps = np.arange(_ROUNDS, dtype=np.uint64)[:, None] * np.array(_WEYL, np.uint64)
+    return (np.array(key, np.uint64) + steps & _WORD)[:, :, None, None]
 
 
 def choose_uniform(
