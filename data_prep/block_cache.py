@@ -5,8 +5,9 @@ rows of a batch, wherever they lie, are one indexing operation. Space for an ext
 the one that was used longest ago. Its pages (32 KiB) come by one of two ways, both of them compared
 where they then lie (`data_prep.checked_file`):
 
-    first use of a block    all its 4 MiB are read and hashed, once a process
-    any later use           the pages that are wanted, each with its CRC-32
+    first use of a block    all its 4 MiB are read and hashed, once a process, by several threads
+    any later use           the pages that are wanted, each with its sum; the gaps between them too
+                            where those are few
 
 A rank of many uses only a few rows of a block: reading pages keeps its cost proportional to its
 rows, whatever the number of ranks. The order of training (`pipeline.sample_order`) wanders through
@@ -18,6 +19,9 @@ Letters: B runs of tokens, N tokens in each, R rows of the caller.
 """
 
 import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +39,7 @@ _PAGES_PER_EXTENT = EXTENT_BYTES // PAGE_BYTES
 _EXTENTS_PER_BLOCK = BLOCK_BYTES // EXTENT_BYTES
 _NOWHERE = -1
 _READ_AHEAD = 8  # extents, of as many blocks at most
+_BLOCKS_AT_ONCE = 4  # that threads read and hash: the disk and the processor then work side by side
 _ROWS_AT_ONCE = 128  # of 2 KiB each: the copy between two arrays stays in a core's own cache
 
 
@@ -88,24 +93,28 @@ class BlockCache:
         """
         tokens = np.empty(end - start, np.uint32)
         with self._lock:
-            while start < end:
-                stop = min(end, (start // _EXTENT_TOKENS + 1) * _EXTENT_TOKENS)
-                extent = start // _EXTENT_TOKENS
-                self._forget_what_changed(np.array([extent]))
-                pages = np.arange(
-                    start % _EXTENT_TOKENS // _PAGE_TOKENS,
-                    (stop - 1) % _EXTENT_TOKENS // _PAGE_TOKENS + 1,
-                )
-                self._bring(extent, pages)
-                first = int(self._slot_of_extent[extent]) * _EXTENT_TOKENS + start % _EXTENT_TOKENS
-                place = len(tokens) - (end - start)
-                tokens[place : place + stop - start] = self._tokens[first : first + stop - start]
-                start = stop
+            if len(tokens):
+                self._forget_what_changed(np.array([start // _EXTENT_TOKENS]))
+            self._copy_run(start, tokens)
         return tokens
+
+    def _copy_run(self, start: int, out_N: NDArray[np.uint32]) -> None:
+        """Copy tokens of one file, extent by extent."""
+        done = 0
+        while done < len(out_N):
+            extent, offset = divmod(start + done, _EXTENT_TOKENS)
+            count = min(len(out_N) - done, _EXTENT_TOKENS - offset)
+            first, last = offset // _PAGE_TOKENS, (offset + count - 1) // _PAGE_TOKENS
+            slot = int(self._slot_of_extent[extent])
+            if slot == _NOWHERE or not self._is_present[slot, first : last + 1].all():
+                self._bring(extent, np.arange(first, last + 1))
+            place = self._slot_for(extent) * _EXTENT_TOKENS + offset
+            out_N[done : done + count] = self._tokens[place : place + count]
+            done += count
 
     @staticmethod
     def are_in_one_extent(positions_B: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
-        """Say which rows can be gathered; the others must be read.
+        """Say which rows are gathered all at once; the others are copied one by one.
 
         Args:
             positions_B: int64 [B], where rows begin.
@@ -123,7 +132,7 @@ class BlockCache:
         """Copy runs of tokens into rows.
 
         Args:
-            positions_B: int64 [B], where runs begin; `are_in_one_extent` holds for all.
+            positions_B: int64 [B], where runs begin; each lies inside of one file.
             rows_B: int64 [B], which row each is for.
             out_RN: uint32 [R, N], of which those rows get N tokens each.
 
@@ -135,7 +144,8 @@ class BlockCache:
         last_page_B = (offsets_B + out_RN.shape[1] - 1) // _PAGE_TOKENS
         with self._lock:
             self._forget_what_changed(extents_B)
-            left = np.arange(len(positions_B))
+            is_whole_B = self.are_in_one_extent(positions_B, out_RN.shape[1])
+            left = np.flatnonzero(is_whole_B)
             while len(left):
                 extents = extents_B[left]
                 slots = self._slot_of_extent[extents]
@@ -147,6 +157,8 @@ class BlockCache:
                 here, left = left[is_here], left[~is_here]
                 self._copy_rows(slots[is_here], offsets_B[here], rows_B[here], out_RN)
                 self._bring_some(extents_B[left], first_page_B[left], last_page_B[left])
+            for number in np.flatnonzero(~is_whole_B).tolist():
+                self._copy_run(int(positions_B[number]), out_RN[rows_B[number]])
 
     def _copy_rows(
         self,
@@ -176,17 +188,50 @@ class BlockCache:
         distinct, which = np.unique(extents, return_inverse=True)
         is_wanted = np.zeros((len(distinct), _PAGES_PER_EXTENT), bool)
         is_wanted[which, first_pages] = is_wanted[which, last_pages] = True
-        wanted = [
-            (extent, np.flatnonzero(pages))
-            for extent, pages in zip(distinct.tolist(), is_wanted, strict=True)
-        ][: self._num_slots]
+        _close_gaps(is_wanted)
+        unchecked: dict[tuple[int, int], list[int]] = {}
+        wanted = []
+        for extent, pages in list(zip(distinct.tolist(), is_wanted, strict=True))[
+            : self._num_slots
+        ]:
+            file, first_page = self._place_of(extent)
+            block = first_page // PAGES_PER_BLOCK
+            if self._files[file].is_checked(block):
+                wanted.append((extent, np.flatnonzero(pages)))
+            else:
+                unchecked.setdefault((file, block), []).append(extent)
+        self._hash_blocks(unchecked)
         announced = 0
         for number, (extent, pages) in enumerate(wanted):
-            # The disk reads what comes next while this is hashed.
+            # The disk reads what comes next while this is compared.
             while announced < min(len(wanted), number + _READ_AHEAD):
                 self._announce(*wanted[announced])
                 announced += 1
             self._bring(extent, pages)
+
+    def _hash_blocks(self, unchecked: dict[tuple[int, int], list[int]]) -> None:
+        """Read and hash blocks for the first time, side by side, and keep some of their extents."""
+        if not unchecked:
+            return
+        count = min(_BLOCKS_AT_ONCE, len(unchecked))
+        free = list(np.empty((count, BLOCK_BYTES), np.uint8))
+        running: deque[tuple[tuple[int, int], NDArray[np.uint8], Future[NDArray[np.uint64]]]]
+        running, waiting = deque(), deque(unchecked)
+        with ThreadPoolExecutor(count) as pool:
+            while waiting or running:
+                while waiting and free:
+                    file, block = waiting.popleft()
+                    into = free.pop()
+                    job = pool.submit(self._files[file].read_block, block, into.data)
+                    running.append(((file, block), into, job))
+                (file, block), content, job = running.popleft()
+                self._files[file].accept(block, job.result())
+                for extent in unchecked[file, block]:
+                    slot = self._slot_for(extent)
+                    start = extent * EXTENT_BYTES % BLOCK_BYTES
+                    self._bytes_of(slot)[:] = content[start : start + EXTENT_BYTES]
+                    self._is_present[slot] = True
+                free.append(content)
 
     def _announce(self, extent: int, pages: NDArray[np.int64]) -> None:
         file, first_page = self._place_of(extent)
@@ -194,14 +239,7 @@ class BlockCache:
 
     def _bring(self, extent: int, pages: NDArray[np.int64]) -> None:
         """See to it that pages of an extent are present."""
-        if not len(self._tokens):
-            self._tokens = np.empty(self._num_slots * _EXTENT_TOKENS, np.uint32)
-        slot = int(self._slot_of_extent[extent])
-        if slot == _NOWHERE:
-            slot = self._free_slot()
-            self._slot_of_extent[extent], self._extent_of_slot[slot] = slot, extent
-        self._clock += 1
-        self._last_use[slot] = self._clock
+        slot = self._slot_for(extent)
         missing = pages[~self._is_present[slot, pages]]
         if not len(missing):
             return
@@ -215,19 +253,32 @@ class BlockCache:
             content[:] = self._hashed[start : start + EXTENT_BYTES]
             self._is_present[slot] = True
             return
-        breaks = np.flatnonzero(np.diff(missing) > 1) + 1
-        firsts, lasts = missing[np.append(0, breaks)], missing[np.append(breaks - 1, -1)]
-        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
-            run = content[first * PAGE_BYTES : (last + 1) * PAGE_BYTES]
-            file.read_pages(first_page + first, run.data)
-            self._is_present[slot, first : last + 1] = True
+        first = int(missing[0])
+        for page, following in pairwise([*missing.tolist(), _NOWHERE]):
+            if following != page + 1:
+                run = content[first * PAGE_BYTES : (page + 1) * PAGE_BYTES]
+                file.read_pages(first_page + first, run.data)
+                self._is_present[slot, first : page + 1] = True
+                first = following
+
+    def _slot_for(self, extent: int) -> int:
+        """The slot of an extent, which is used now; an empty one where it has none."""
+        if not len(self._tokens):
+            self._tokens = np.empty(self._num_slots * _EXTENT_TOKENS, np.uint32)
+        slot = int(self._slot_of_extent[extent])
+        if slot == _NOWHERE:
+            slot = self._free_slot()
+            self._slot_of_extent[extent], self._extent_of_slot[slot] = slot, extent
+        self._clock += 1
+        self._last_use[slot] = self._clock
+        return slot
 
     def _hash(self, file: int, block: int) -> None:
         """Read a whole block for the first time; it stays until the next one comes."""
         if not len(self._hashed):
             self._hashed = np.empty(BLOCK_BYTES, np.uint8)
         self._hashed_block = (_NOWHERE, _NOWHERE)
-        self._files[file].read_block(block, self._hashed.data)
+        self._files[file].accept(block, self._files[file].read_block(block, self._hashed.data))
         self._hashed_block = (file, block)
 
     def _free_slot(self) -> int:
@@ -268,3 +319,18 @@ class BlockCache:
     def _bytes_of(self, slot: int) -> NDArray[np.uint8]:
         tokens = self._tokens[slot * _EXTENT_TOKENS : (slot + 1) * _EXTENT_TOKENS]
         return tokens.view(np.uint8)
+
+
+def _close_gaps(is_wanted: NDArray[np.bool_]) -> None:
+    """Want the pages in between too where a quarter of them are wanted already.
+
+    They are soon asked for, and one call for all costs less than one for each run.
+
+    Args:
+        is_wanted: bool [extents, pages], changed in place.
+    """
+    place = np.arange(is_wanted.shape[1])
+    first = is_wanted.argmax(axis=1)[:, None]
+    last = is_wanted.shape[1] - 1 - is_wanted[:, ::-1].argmax(axis=1)[:, None]
+    is_dense = 4 * is_wanted.sum(axis=1, keepdims=True) > last - first
+    is_wanted |= is_dense & (first <= place) & (place <= last)

@@ -1,32 +1,34 @@
 """A file of tokens none of whose bytes is handed out before it was compared.
 
 CheckedFile   reads into memory of the caller, and compares what lies there: a block (4 MiB) with
-              the manifest's sha256 the first time, a page (32 KiB) with the CRC-32 that it had in
-              the hashed block every later time
+              the manifest's sha256 the first time, a page (32 KiB) with the XXH3 that it had in the
+              hashed block every later time
 OpenFiles     a bounded number of descriptors, since a terabyte has more shards than a process may
               open
 
 What is compared is the copy that the caller keeps, never the file behind it: there is no moment
-between hashing and use at which the bytes can become others. Why CRCs: a run reads an epoch for
-days, while the operating system drops its pages and fetches them anew from the disk. What was right
-at its first use may be wrong at its second. CRC-32 finds every single flipped bit and every error
-burst of up to 32 bits, costs a fifth of sha256 and a terabyte 128 MiB of memory, and serves a
-reader that wants a page without the rest of its block.
+between hashing and use at which the bytes can become others. Why sums of pages: a run reads an
+epoch for days, while the operating system drops its pages and fetches them anew from the disk. What
+was right at its first use may be wrong at its second. XXH3 misses an error once in 2^64 times,
+costs a thirtieth of sha256 and a terabyte 256 MiB of memory, and serves a reader that wants a page
+without the rest of its block. Nobody's malice is behind such errors: what somebody writes changes
+the file's time, and the manifest's sha256 is asked again.
 
 A file that was written to since (another inode, size or time of change) counts as never checked.
-`data_prep.block_cache` keeps what was checked and holds the lock under which all this happens.
+`data_prep.block_cache` keeps what was checked and holds the lock under which all this happens, but
+for the reading and hashing of blocks, which several threads do at once.
 """
 
 import hashlib
 import os
 import threading
 import weakref
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from data_prep.errors import CorruptError
@@ -35,6 +37,8 @@ from data_prep.npy_files import CURE
 
 PAGE_BYTES = 32 << 10
 PAGES_PER_BLOCK = BLOCK_BYTES // PAGE_BYTES
+_NO_BYTES = np.uint64(xxhash.xxh3_64_intdigest(b""))
+_RUN_BYTES = 8 * PAGE_BYTES  # read, and compared while a core's own cache holds them
 _MAX_OPEN_FILES = 128  # of the 1,024 that a process usually may have
 
 
@@ -65,15 +69,19 @@ class OpenFiles:
         Raises:
             OSError: the file cannot be opened or read.
         """
-        # Under the lock to the end: a descriptor that another thread closes may be reused.
+        # A descriptor of its own: one that another thread closes may be reused.
         with self._lock:
-            descriptor, done = self._open(path), 0
+            descriptor = os.dup(self._open(path))
+        try:
+            done = 0
             while done < len(into):
                 count = os.preadv(descriptor, [into[done:]], offset + done)
                 if count == 0:
                     break
                 done += count
             return done
+        finally:
+            os.close(descriptor)
 
     def announce(self, path: str, offset: int, count: int) -> None:
         """Let the operating system fetch what will be read soon, without waiting for it.
@@ -130,7 +138,7 @@ class CheckedFile:
         self._files = files
         self._version: tuple[int, int, int, int] | None = None
         self._is_checked = bytearray(len(block_sha256s))
-        self._page_sums: NDArray[np.uint32] | None = None
+        self._page_sums: NDArray[np.uint64] | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -180,12 +188,15 @@ class CheckedFile:
         except OSError as error:
             raise self._unreadable(error) from error
 
-    def read_block(self, block: int, into: memoryview) -> None:
-        """Read a block and compare it with the manifest.
+    def read_block(self, block: int, into: memoryview) -> NDArray[np.uint64]:
+        """Read a block and compare it with the manifest; several threads may do so at once.
 
         Args:
             block: which one.
             into: bytes [4 MiB]; what it holds after an error must not be used.
+
+        Returns:
+            Sums of its pages for `accept`, uint64 [at most 128].
 
         Raises:
             CorruptError: naming the file and the block.
@@ -196,11 +207,21 @@ class CheckedFile:
                 f"{self._path}: block {block} (bytes from {block * BLOCK_BYTES}) does not have the "
                 f"sha256 of the manifest. {CURE}"
             )
+        return np.array(_page_sums(content, len(content)), np.uint64)
+
+    def accept(self, block: int, sums: NDArray[np.uint64]) -> None:
+        """Count a block as checked from here on.
+
+        Args:
+            block: which one.
+            sums: what `read_block` returned for it.
+        """
         if self._page_sums is None:
             # Zeros cost no memory before something is written to them.
-            self._page_sums = np.zeros(self.num_blocks * PAGES_PER_BLOCK, np.uint32)
-        for page, start in enumerate(range(0, len(content), PAGE_BYTES), block * PAGES_PER_BLOCK):
-            self._page_sums[page] = zlib.crc32(content[start : start + PAGE_BYTES])
+            self._page_sums = np.zeros(self.num_blocks * PAGES_PER_BLOCK, np.uint64)
+        first = block * PAGES_PER_BLOCK
+        self._page_sums[first : first + PAGES_PER_BLOCK] = _NO_BYTES
+        self._page_sums[first : first + len(sums)] = sums
         self._is_checked[block] = 1
 
     def read_pages(self, first_page: int, into: memoryview) -> None:
@@ -216,10 +237,14 @@ class CheckedFile:
         block = first_page // PAGES_PER_BLOCK
         assert self._page_sums is not None, "no block has been checked"
         assert self._is_checked[block], "its pages cannot be compared with anything"
-        # Of a file that ends early there are pages without a byte: they too are compared.
-        content = into[: self._read(first_page * PAGE_BYTES, into)]
-        for page, start in enumerate(range(0, len(into), PAGE_BYTES), first_page):
-            if zlib.crc32(content[start : start + PAGE_BYTES]) != self._page_sums[page]:
+        for start in range(0, len(into), _RUN_BYTES):
+            run, first = into[start : start + _RUN_BYTES], first_page + start // PAGE_BYTES
+            # Of a file that ends early there are pages without a byte: they too are compared.
+            content = run[: self._read(first * PAGE_BYTES, run)]
+            expected = self._page_sums[first : first + len(run) // PAGE_BYTES].tolist()
+            found = _page_sums(content, len(run))
+            if found != expected:
+                page = first + [a == b for a, b in zip(found, expected, strict=True)].index(False)
                 raise CorruptError(
                     f"{self._path}: bytes from {page * PAGE_BYTES} (block {block}) are not what "
                     f"they were when they were first read. {CURE}"
@@ -233,6 +258,12 @@ class CheckedFile:
 
     def _unreadable(self, error: OSError) -> CorruptError:
         return CorruptError(f"{self._path}: cannot be read ({error.strerror}). {CURE}")
+
+
+def _page_sums(content: memoryview, wanted: int) -> list[int]:
+    """Sums of the pages in so many bytes, of which the last ones may be missing."""
+    starts = range(0, wanted, PAGE_BYTES)
+    return [xxhash.xxh3_64_intdigest(content[n : n + PAGE_BYTES]) for n in starts]
 
 
 def _close_all(descriptors: OrderedDict[str, int]) -> None:

@@ -261,11 +261,10 @@ class Dataset:
             readers[shard].check_doc_ends()
         first_positions = np.array([reader.first_position for reader in readers])
         positions_B = starts_B - ends[shard_B] + first_positions[shard_B]
-        in_one_B = BlockCache.are_in_one_extent(positions_B, count)
-        in_one_B &= starts_B + count <= ends[shard_B + 1]
-        rows = np.flatnonzero(in_one_B)
+        in_one_shard_B = starts_B + count <= ends[shard_B + 1]
+        rows = np.flatnonzero(in_one_shard_B)
         self._cache.gather(positions_B[rows], rows, out_BN)
-        for row in np.flatnonzero(~in_one_B).tolist():
+        for row in np.flatnonzero(~in_one_shard_B).tolist():
             start = int(starts_B[row])
             out_BN[row] = self.read(split, start, start + count)
 

@@ -42,8 +42,11 @@ def permute(index: Int64Array, size: int, key: tuple[int, int]) -> Int64Array:
     def scramble(values: Int64Array) -> Int64Array:
         left, right = values >> half_bits, values & mask
         for number in range(_FEISTEL_ROUNDS):
-            word = tables[number][right] if tables is not None else _round(right, number, key)
-            left, right = right, left ^ (word & mask)
+            if tables is not None:
+                word = tables[number].take(right)
+            else:
+                word = _round(right, number, key) & mask
+            left, right = right, left ^ word
         return (left << half_bits) | right
 
     result = scramble(index)
@@ -63,7 +66,8 @@ def _round(half: Int64Array, number: int, key: tuple[int, int]) -> Int64Array:
 def _round_tables(half_bits: int, key: tuple[int, int]) -> list[Int64Array]:
     """All values of the round functions; a window asks for each of them many times."""
     halves = np.arange(1 << half_bits, dtype=np.int64)
-    return [_round(halves, number, key) for number in range(_FEISTEL_ROUNDS)]
+    mask = (1 << half_bits) - 1
+    return [_round(halves, number, key) & mask for number in range(_FEISTEL_ROUNDS)]
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,12 @@ class SampleOrder:
         Returns:
             (epochs, samples), int64 [n] each; every epoch holds every sample exactly once.
         """
-        epochs, within = np.divmod(positions, self.num_samples)
+        epochs = positions // self.num_samples
+        within = positions - epochs * self.num_samples
         samples = np.empty_like(positions)
         windows = np.minimum(within // self._window_sequences, self._num_windows - 1)
         parts = epochs * self._num_windows + windows
-        for part in np.unique(parts).tolist():
+        for part in _distinct(parts):
             here = np.flatnonzero(parts == part)
             samples[here] = self._in_window(within[here], *divmod(part, self._num_windows))
         return epochs, samples
@@ -119,18 +124,28 @@ class SampleOrder:
         size = num_blocks * self.block_sequences + tail
         key = self._key("order/window", epoch, window)
         shuffled = permute(within - first_block * self.block_sequences, size, key)
-        slots, offsets = np.divmod(shuffled, self.block_sequences)
-        samples = blocks * self.block_sequences + shuffled - num_blocks * self.block_sequences
-        in_block = slots < num_blocks
-        if in_block.any():
-            key = self._key("order/blocks", epoch)
-            chosen = permute(first_block + slots[in_block], blocks, key)
-            samples[in_block] = chosen * self.block_sequences + offsets[in_block]
-        return samples
+        slots = shuffled // self.block_sequences
+        key = self._key("order/blocks", epoch)
+        if len(slots) > num_blocks:
+            every_slot = np.arange(first_block, first_block + num_blocks)
+            # What lies behind the last full block stays there, as if that were one more.
+            chosen = np.append(permute(every_slot, blocks, key), blocks).take(slots, mode="clip")
+        else:
+            chosen = np.full_like(slots, blocks)
+            in_block = slots < num_blocks
+            chosen[in_block] = permute(first_block + slots[in_block], blocks, key)
+        places = np.minimum(slots, num_blocks)
+        return shuffled + (chosen - places) * self.block_sequences
 
     def _key(self, purpose: str, *parts: int) -> tuple[int, int]:
         purpose = f"{purpose}/{self.stream}" if self.stream else purpose
         return stream_key(self.seed, purpose, self.sequence_length, *parts)
+
+
+def _distinct(values: Int64Array) -> list[int]:
+    """The values that occur, ascending; mostly there is one."""
+    first = int(values[0]) if len(values) else 0
+    return [first] if (values == first).all() and len(values) else np.unique(values).tolist()
 
 
 @dataclass(frozen=True)

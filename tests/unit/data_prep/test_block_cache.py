@@ -145,12 +145,41 @@ def test_a_block_is_hashed_once_and_pages_are_read_alone_afterwards(originals, h
     gather(cache, [2 * BLOCK + 3], 8)  # takes the place of two extents, and of the hashed block
     gather(cache, [cache.first_position(1)], 8)
     assert blocks == [(0, 1), (1, 1), (2, 1), (0, 1)]
-    gather(cache, [5, 3 * PAGE - 4, 6 * PAGE, 3 * PAGE + 1], 8)
-    assert (blocks[4:], pages) == ([], [(0, 1), (2, 2), (6, 1)])
+    places = [5, 9 * PAGE - 4, 30 * PAGE, 9 * PAGE + 1]
+    gather(cache, places, 8)
+    assert (blocks[4:], pages) == ([], [(0, 1), (8, 2), (30, 1)])
     cache.read(PAGE - 1, 4 * PAGE)
-    assert (blocks[4:], pages[3:]) == ([], [(1, 1)])
-    gather(cache, [5, 3 * PAGE - 4, 6 * PAGE, 3 * PAGE + 1], 8)
+    assert (blocks[4:], pages[3:]) == ([], [(1, 3)])
+    gather(cache, places, 8)
     assert (len(blocks), len(pages)) == (4, 4)
+
+
+def test_few_pages_between_wanted_ones_are_read_with_them(originals, hashes, counted):
+    _, pages = counted
+    cache = cache_of(originals, hashes, extents=1)
+    gather(cache, [0], 8)
+    gather(cache, [EXTENT], 8)
+    del pages[:]
+    gather(cache, [3 * PAGE, 6 * PAGE + 1, 4 * PAGE], 8)
+    assert pages == [(3, 4)]
+    gather(cache, [10 * PAGE, 14 * PAGE], 8)
+    assert pages[1:] == [(10, 5)]
+    gather(cache, [20 * PAGE, 28 * PAGE], 8)
+    assert pages[2:] == [(20, 1), (28, 1)]
+
+
+def test_rows_across_extents_and_blocks_are_slices(originals, tokens, hashes, counted):
+    blocks, pages = counted
+    places = [EXTENT - 1, BLOCK - 5, 0, 2 * BLOCK - 7, EXTENT - 4]
+    expected = [tokens[0][place : place + 8] for place in places]
+    for extents in (1, 2, 100):
+        cache = cache_of(originals, hashes, extents)
+        for _ in range(2):
+            assert np.array_equal(gather(cache, places, 8), expected)
+    assert blocks[-3:] == [(0, 1), (1, 1), (2, 1)]
+    del pages[:]
+    gather(cache, places, 8)
+    assert not pages
 
 
 def test_the_extent_that_was_used_longest_ago_makes_room(originals, hashes, counted):

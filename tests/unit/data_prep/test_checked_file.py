@@ -53,7 +53,7 @@ def flip(path, position):
 
 def read_block(file, block):
     into = bytearray(BLOCK_BYTES)
-    file.read_block(block, memoryview(into))
+    file.accept(block, file.read_block(block, memoryview(into)))
     return into
 
 
