@@ -1,14 +1,20 @@
 """Random sequences of 512 tokens from a warm disk to batches of 64, in CPU-seconds.
 
-sequences       our stream at given places, all of which its cache of checked tokens has room for
-batches         what training calls, step after step: order, skip list, reading, micro batches; in a
-                set of 8 windows and with a cache for one, so that pages are fetched and compared
-                again, as they are in any large set
-batches, first  the same on the first way through, which hashes every block
+The same work on both sides: sequences at places that are given, in memory, become batches.
+
+sequences       our stream, the places of a step at a time; each token has been checked before, and
+                lies in its cache
 IndexedDataset  megatron-core's reader (or, where it is missing, its format read the same way) and
-                np.stack; document order, no checks
+                np.stack; no checks
 memmap          a loop over slices of a plain array, the fastest that needs no library
 arrow           Hugging Face `datasets`, a list of indices at a time, in torch and in numpy format
+
+More work on our side than on theirs:
+
+batches         what training calls, step after step: order, skip list, reading, micro batches; in a
+                set of 8 windows and with a cache for one, so that pages are fetched and compared
+                again, as they are in any large set; a round is a window
+batches, first  the same on the first way through, which hashes every block
 
 Input of a step of large at 64 ranks, of which this is rank 0: milliseconds of the reading thread in
 the first and in a later pass, and what the training thread has to do with it.
@@ -39,7 +45,7 @@ from tests.benchmarks.loader_peers import (
 )
 from tests.benchmarks.rounds import Case, Outcome, cpu_seconds, main, measure, require
 
-SEQUENCES, BATCHES, STEPS = 64, 64, 4
+SEQUENCES, BATCHES, STEPS = 64, 64, 8  # of 4096 sequences: a window
 STORED = 96 * 1024  # 196 MB, as much as fits into our cache
 STORED_IN_LARGE = 256 * 1024  # 535 MB in 8 windows of the order
 SMALL_CACHE_BYTES = 144 << 20  # one window and its edges: in a terabyte no more would be of use

@@ -1,16 +1,22 @@
 """Sequences of 512 tokens from a disk whose pages the system does not hold, in wall time.
 
 Before every round the files leave the page cache (posix_fadvise DONTNEED), and everything is opened
-anew, so that nothing is known of any block.
+anew, so that nothing is known of any block. Each side reads as its training does:
 
-whole pass      our batches over all of the data, in the default order: each block is hashed once
-first window    the first 32,768 sequences only, which touch more than half of the blocks: the
-                dearest that a run ever reads
+whole pass      our batches over all of the data, in the default order: each block is read and
+                hashed once, its pages are later fetched from memory and compared
+first window    the first 32,768 sequences only, which touch a quarter of the bytes of the blocks
+                that they hash: the dearest that a run ever reads
 IndexedDataset  megatron-core's reader (or its format read the same way) in random order, as its
-                shuffled index asks for it
+                shuffled index asks for it, no checks: a page fault or two for a sequence
 memmap          the same with slices of a plain array
+disk alone      our files read end to end into one buffer and nothing done with them: what this disk
+                gives, which no reader of all the data can exceed
 
-A case reads as many sequences as take about a second; its seconds are scaled to the same count.
+A system reads far around the first hundred faults of a map (8 MiB each where that is its
+read-ahead) and then stops: peers fault 256 times before their clock runs, which leaves up to a
+third of their file in memory, to their advantage. A case reads as many sequences as take about a
+second; its seconds are scaled to the same count.
 """
 
 import gc
@@ -19,9 +25,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data_prep.manifest import BLOCK_BYTES
 from data_prep.shards import Dataset
 from tests.benchmarks.bench_loader import BLOCK_SEQUENCES, WINDOW_BLOCKS, training
 from tests.benchmarks.loader_peers import (
@@ -33,11 +41,11 @@ from tests.benchmarks.loader_peers import (
 )
 from tests.benchmarks.rounds import Case, Outcome, main, measure
 
-STORED = 256 * 1024  # 535 MB in 8 windows
-RANDOM = 8_192
+STORED = 1024 * 1024  # 2.1 GB in 32 windows
+RANDOM, BEFORE = 4_096, 256
 SEQUENCES, STEP = 64, 4_096
 WINDOW = BLOCK_SEQUENCES * WINDOW_BLOCKS
-ROUNDS = 5
+ROUNDS = 3
 
 
 def drop(folder: Path) -> None:
@@ -57,18 +65,44 @@ def ours(folder: Path, count: int) -> None:
         batches.at_step(step)
 
 
-def stacked(folder: Path, places: list[list[int]]) -> None:
-    """Batches of Megatron's reader."""
-    indexed, _ = open_indexed(folder / "megatron")
-    for samples in places:
-        np.stack([indexed.get(sample) for sample in samples])
+class Peer:
+    """A reader of one sequence at a time, opened anew and asked at random for every round."""
+
+    def __init__(self, folder: Path, opened: Callable[[], Callable[[int], Any]]) -> None:
+        self._folder = folder
+        self._opened = opened
+        self._get: Callable[[int], Any] | None = None
+        rng = np.random.default_rng(0)
+        self._first = rng.integers(STORED, size=BEFORE).tolist()
+        self._places = rng.integers(STORED, size=(RANDOM // SEQUENCES, SEQUENCES)).tolist()
+
+    def prepare(self) -> None:
+        """Forget everything, then fault until the system no longer reads around."""
+        drop(self._folder)
+        self._get = self._opened()
+        for sample in self._first:
+            self._get(sample).sum()
+
+    def __call__(self) -> None:
+        assert self._get is not None, "prepared"
+        for samples in self._places:
+            np.stack([self._get(sample) for sample in samples])
+        self._get = None  # what is mapped cannot leave the page cache
 
 
-def looped(folder: Path, places: list[list[int]]) -> None:
-    """Batches of slices; our shard serves, because plain NumPy opens it."""
+def slices(folder: Path) -> Callable[[int], Any]:
+    """Slices of a plain array; our shard serves, because plain NumPy opens it."""
     tokens = np.load(folder / "dataset" / "shard-00000.tokens.npy", mmap_mode="r")
-    for samples in places:
-        np.stack([tokens[sample * CONTENT : (sample + 1) * CONTENT] for sample in samples])
+    return lambda sample: tokens[sample * CONTENT : (sample + 1) * CONTENT]
+
+
+def end_to_end(folder: Path) -> None:
+    """Every byte of our token files, in blocks."""
+    into = np.empty(BLOCK_BYTES, np.uint8).data
+    for path in sorted((folder / "dataset").glob("*.tokens.npy")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(into):
+                pass
 
 
 def benchmark(_device: str) -> Outcome:
@@ -77,17 +111,24 @@ def benchmark(_device: str) -> Outcome:
         dataset = write_dataset(folder / "dataset", STORED)
         write_indexed(folder / "megatron", STORED)
         _, what = open_indexed(folder / "megatron")
-        places = np.random.default_rng(0).integers(STORED, size=(RANDOM // SEQUENCES, SEQUENCES))
-        works: dict[str, tuple[int, Callable[[], None]]] = {
-            "whole pass": (STORED, lambda: ours(folder, STORED)),
-            "first window": (WINDOW, lambda: ours(folder, WINDOW)),
-            "IndexedDataset": (RANDOM, lambda: stacked(folder, places.tolist())),
-            "memmap": (RANDOM, lambda: looped(folder, places.tolist())),
-        }
-        cases = [Case(case, run, lambda: drop(folder)) for case, (_, run) in works.items()]
+        indexed = Peer(folder, lambda: open_indexed(folder / "megatron")[0].get)
+        memmap = Peer(folder, lambda: slices(folder))
+
+        def forget() -> None:
+            drop(folder)
+
+        cases = [
+            Case("whole pass", lambda: ours(folder, STORED), forget),
+            Case("first window", lambda: ours(folder, WINDOW), forget),
+            Case("disk alone", lambda: end_to_end(folder), forget),
+            Case("IndexedDataset", indexed, indexed.prepare),
+            Case("memmap", memmap, memmap.prepare),
+        ]
+        counts = dict.fromkeys([case.name for case in cases], STORED)
+        counts |= {"first window": WINDOW, "IndexedDataset": RANDOM, "memmap": RANDOM}
         seconds, notes = measure(cases, ROUNDS, time.perf_counter)
         blocks = sum(len(shard.block_sha256s) for shard in dataset.manifest.shards)
-    for case, (count, _) in works.items():
+    for case, count in counts.items():
         seconds[case] = [took * STORED / count for took in seconds[case]]
     return Outcome(
         benchmark="loader-cold",
@@ -96,15 +137,18 @@ def benchmark(_device: str) -> Outcome:
         clock="seconds",
         seconds=seconds,
         pairs=[
-            (case, peer)
-            for case in ("whole pass", "first window")
-            for peer in ("IndexedDataset", "memmap")
+            *(
+                (case, peer)
+                for case in ("whole pass", "first window", "disk alone")
+                for peer in ("IndexedDataset", "memmap")
+            ),
+            ("whole pass", "disk alone"),
         ],
         shape={
             "length": LENGTH,
             "stored sequences": STORED,
             "blocks": blocks,
-            "sequences read": {case: count for case, (count, _) in works.items()},
+            "sequences read": counts,
         },
         notes=[*notes, f"IndexedDataset is {what}"],
     )

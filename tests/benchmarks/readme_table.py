@@ -197,19 +197,29 @@ ROWS = [
         cell("step", "transformers", show_memory),
     ),
     Row(
-        "loader, warm, against Megatron's IndexedDataset",
+        "loader, warm, sequences at given places, against Megatron's IndexedDataset",
         *("4x", ""),
-        ratio("loader", "batches", "IndexedDataset"),
+        ratio("loader", "sequences", "IndexedDataset"),
     ),
     Row(
         "against Hugging Face datasets, torch format",
         *("10x", ""),
-        ratio("loader", "batches", "arrow, torch"),
+        ratio("loader", "sequences", "arrow, torch"),
+    ),
+    Row(
+        "with the order and comparing all again, against IndexedDataset without either",
+        *("", ""),
+        ratio("loader", "batches", "IndexedDataset"),
     ),
     Row(
         "loader, cold, against Megatron's IndexedDataset",
         *("50x", ""),
         ratio("loader-cold", "whole pass", "IndexedDataset"),
+    ),
+    Row(
+        "the limit of this disk: its files read end to end, nothing else done",
+        *("", ""),
+        ratio("loader-cold", "disk alone", "IndexedDataset"),
     ),
     Row(
         "masking against DataCollatorForLanguageModeling",

@@ -300,3 +300,28 @@ def test_threads_share_a_cache_that_is_too_small_for_them(originals, tokens, has
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(is_right, range(4)))
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_damaged_block_among_those_that_are_hashed_at_once(paths, tokens, hashes, bad):
+    """Each thread compares its own block: the damaged one is named, the others can be used."""
+    flip(paths[0], bad * BLOCK_BYTES + 11)
+    cache = cache_of(paths, hashes)
+    places = np.array([50, BLOCK + 50, 2 * BLOCK + 8])
+    for _ in range(2):
+        with pytest.raises(CorruptError, match=rf"0: block {bad} \(bytes from"):
+            gather(cache, places, 8)
+    sound = np.delete(places, bad)
+    assert np.array_equal(gather(cache, sound, 8), [tokens[0][n : n + 8] for n in sound])
+    flip(paths[0], bad * BLOCK_BYTES + 11)
+    assert np.array_equal(gather(cache, places, 8), [tokens[0][n : n + 8] for n in places])
+
+
+def test_more_blocks_than_threads_are_hashed_once_each(tmp_path, counted):
+    blocks, _ = counted
+    values = np.random.default_rng(5).integers(0, 2**32, 9 * BLOCK, np.uint32)
+    (tmp_path / "long").write_bytes(values.tobytes())
+    cache = cache_of([tmp_path / "long"], [block_hashes(values.tobytes())], extents=64)
+    places = np.random.default_rng(6).integers(0, len(values) - 8, 500)
+    assert np.array_equal(gather(cache, places, 8), [values[n : n + 8] for n in places])
+    assert sorted(blocks) == [(n, 1) for n in range(9)]
