@@ -18,8 +18,7 @@ batch is let go before the next one is masked, as training does.
 import math
 import random
 from bisect import bisect
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -36,9 +35,9 @@ from pipeline.masking import (
     choose_on_device,
 )
 from pipeline.sequences import CLS_ID, PAD_ID, SEP_ID, UNK_ID
-from tests.benchmarks.rounds import Case, Outcome, cpu_seconds, main, measure, require
+from tests.benchmarks.rounds import Case, Outcome, cpu_seconds, exhaust, main, measure, require
 
-LENGTH, SEQUENCES, BATCHES = 512, 64, 8
+LENGTH, SEQUENCES, BATCHES = 512, 64, 24
 PIECES = 128_000
 MASK_ID = PIECES
 SPECIAL = {"[PAD]": PAD_ID, "[CLS]": CLS_ID, "[SEP]": SEP_ID, "[UNK]": UNK_ID, "[MASK]": MASK_ID}
@@ -141,11 +140,6 @@ def collators(ids_of: dict[str, int]) -> dict[str, Any]:
         )
         for kind in ("pt", "np")
     }
-
-
-def exhaust(results: Iterable[object]) -> None:
-    """Make results one after the other and keep none."""
-    deque(results, maxlen=0)
 
 
 def masked_share(ids: torch.Tensor | np.ndarray) -> float:

@@ -22,7 +22,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,6 +99,11 @@ def device_seconds() -> float:
 
     torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def exhaust(results: Iterable[object]) -> None:
+    """Make results one after the other and let each go before the next, as training does."""
+    deque(results, maxlen=0)
 
 
 def turned(cases: Sequence[Case], number: int) -> Iterator[Case]:
