@@ -148,7 +148,8 @@ class ModelSection(Section):
     """Rows of the word table: pieces + [MASK], padded to a multiple of 100."""
     attention_backend: Literal["eager", "torch", "triton", "disentangled_flash"] = "torch"
     """`eager` is the definition; `torch` the same numbers with less memory traffic; `triton` fused
-    kernels for a GPU; `disentangled_flash` the package of that name, for comparison."""
+    kernels for a GPU, of attention and of the vocabulary head; `disentangled_flash` the package of
+    that name, for comparison."""
     compile: Literal["none", "layer"] = "none"
     """`layer` makes one pass of what lies between matrix products (torch.compile); needs Triton on
     a GPU, a C++ compiler on a CPU."""

@@ -25,7 +25,7 @@ class DrawKey:
     sample_words_B2: torch.Tensor
     """int64 [B, 2]: epoch and index of every sample (`counter_rng.sample_words`)."""
     temperature: float = 1.0
-    """Logits are divided by this before the draw."""
+    """Logits are multiplied by its reciprocal before the draw."""
     allowed_ids: range | None = None
     """Consecutive ids among which the draw is made; None allows all."""
 

@@ -26,7 +26,6 @@ enhanced mask decoder), T tokens of all packed sequences, D hidden size, H heads
 R relative rows, E distances.
 """
 
-import functools
 import itertools
 import logging
 from dataclasses import dataclass, replace
@@ -42,8 +41,6 @@ from pipeline.modeling.relative_positions import RelativePositions
 from pipeline.modeling.sheared_attention import ShearedAttention
 
 AttentionBackend = Literal["eager", "torch", "triton", "disentangled_flash"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -176,12 +173,6 @@ def packed_disentangled_attention(
     return torch.cat(contexts, dim=2)
 
 
-@functools.cache
-def _say_once(level: int, message: str) -> None:
-    """Log a message the first time that it comes up."""
-    logger.log(level, message)
-
-
 # torch.compile asks once, while it traces: the answer depends on no tensor's values.
 @torch.compiler.assume_constant_result
 def _serving_backend(
@@ -196,7 +187,7 @@ def _serving_backend(
         return backend
     if selects_rows:
         # A decoder's queries are a seventh of its keys: the kernels' gain would be small.
-        _say_once(
+        serving.say_once(
             logging.INFO,
             f"attention backend {backend}: the decoder's selected rows are computed by torch",
         )
@@ -205,7 +196,7 @@ def _serving_backend(
     reason = refuses(device, dtype, head_size)
     if reason is None:
         return backend
-    _say_once(logging.WARNING, f"attention backend {backend} is replaced by torch: {reason}")
+    serving.say_once(logging.WARNING, f"attention backend {backend} is replaced by torch: {reason}")
     return "torch"
 
 

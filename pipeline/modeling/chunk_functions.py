@@ -56,7 +56,7 @@ def chunk_draw(
     positions_N: torch.Tensor,
     sample_words_N2: torch.Tensor,
     key_2: torch.Tensor,
-    temperature: float,
+    factor: float,
     start: int,
     stop: int,
 ) -> Best:
@@ -72,7 +72,7 @@ def chunk_draw(
         positions_N: int64, positions of the slots in their sequences.
         sample_words_N2: int64, identities of their samples.
         key_2: int64, the stream.
-        temperature: Logits are divided by it.
+        factor: 1 / temperature.
         start: First place in the chunk that may be drawn.
         stop: Place before which the allowed ones end.
 
@@ -87,7 +87,7 @@ def chunk_draw(
     value_N = torch.full_like(product_NC[:, 0], -torch.inf)
     place_N = torch.zeros_like(positions_N)
     for lane in range(min(4, size)):
-        scores_NQ = (product_NC[:, lane::4] + bias_C[lane::4]) / temperature
+        scores_NQ = (product_NC[:, lane::4] + bias_C[lane::4]) * factor
         u = (words[lane][:, : scores_NQ.shape[1]].float() + 0.5) * 2.0**-32
         scores_NQ = scores_NQ - torch.log(-torch.log1p(-u))
         place_Q = torch.arange(lane, size, 4, device=product_NC.device)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from pipeline.config import ModelSection, NetworkSection
 from pipeline.modeling.embeddings import LayerNorm, compiles_layers
 from pipeline.modeling.vocabulary_head import MlmOutput, vocabulary_head
+from pipeline.modeling.vocabulary_sums import HeadForm
 from pipeline.rtd import DrawKey
 
 
@@ -27,13 +28,14 @@ class MlmHead(nn.Module):
 
     Args:
         network: Sizes.
-        model: Vocabulary size and compilation.
+        model: Vocabulary size, and what computes a chunk of it: kernels, graphs or operations.
     """
 
     def __init__(self, network: NetworkSection, model: ModelSection) -> None:
         super().__init__()
         width = network.word_embedding_size
-        self.compiles = compiles_layers(model)
+        self.form: HeadForm = "compiled" if compiles_layers(model) else "torch"
+        self.fuses = model.attention_backend == "triton"
         self.dense = nn.Linear(network.hidden_size, width)
         self.LayerNorm = LayerNorm(width, network.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(model.vocab_size))
@@ -70,7 +72,8 @@ class MlmHead(nn.Module):
             targets_BK,
             positions_BK,
             draw,
-            compiles=self.compiles,
+            form="fused" if self.fuses else self.form,
+            otherwise=self.form,
         )
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from pipeline.counter_rng import DropoutKey
-from pipeline.modeling import attention
 from pipeline.modeling.attention import (
     KeySide,
     disentangled_attention,
@@ -19,6 +18,7 @@ from pipeline.modeling.attention import (
 )
 from pipeline.modeling.kernels import disentangled, serving, tile_table
 from pipeline.modeling.relative_positions import relative_positions
+from tests.interpreting import forget_kernels, interpreted_kernels
 
 CPU = torch.device("cpu")
 LENGTHS = (1, 17, 64, 127, 128, 129, 511, 512, 513, 700)
@@ -28,28 +28,14 @@ BUCKETS, MAX_POSITION = 32, 512
 FP32_ROUNDING = 1e-5
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("torch", "triton") if HAS_TRITON else ("torch",)
-STAY_IMPORTED = ("arguments", "disentangled", "flash_peer", "serving", "tile_table", "traffic")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-
-
-def forget_kernels():
-    """Make the next use import the kernels anew: Triton reads its environment at that moment."""
-    for name in list(sys.modules):
-        package, _, module = name.rpartition(".")
-        if package == "pipeline.modeling.kernels" and module not in STAY_IMPORTED:
-            del sys.modules[name]
-    serving.host.cache_clear()
-    attention._say_once.cache_clear()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter():
-    """Kernels are interpreted in this file, and in no other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        forget_kernels()
+    """Kernels are interpreted in this file, and in no other that does not ask for it."""
+    with interpreted_kernels():
         yield
-    forget_kernels()
 
 
 @pytest.fixture
@@ -333,7 +319,7 @@ def test_on_meta_tensors_shapes_and_strides_are_those_of_the_kernels():
 
 def fall_back(caplog, backend="triton", *, batch):
     """Attend twice where the backend does not serve; the one line that was logged."""
-    attention._say_once.cache_clear()
+    serving.say_once.cache_clear()
     caplog.clear()
     caplog.set_level("INFO")
     found = batch.value_and_gradients(backend, 0.1)

@@ -35,8 +35,8 @@ def inputs(dtype=torch.float32):
 def both(weights, targets, draw=DRAW, chunk_ids=20):
     """(outputs, gradients) without and with graphs."""
     found = []
-    for compiles in (False, True):
-        arguments = (*weights, VALID, targets, POSITIONS, draw, chunk_ids, compiles)
+    for form in ("torch", "compiled"):
+        arguments = (*weights, VALID, targets, POSITIONS, draw, chunk_ids, form)
         out = vocabulary_head(*arguments)
         found.append((out, torch.autograd.grad(out.loss_sum, weights)))
     return found
@@ -97,7 +97,7 @@ def test_numbers_that_are_not_numbers_still_draw_an_id():
 def test_nothing_is_drawn_without_a_key():
     *weights, targets = inputs()
     arguments = (*weights, VALID, targets, POSITIONS, None, 20)
-    assert vocabulary_head(*arguments, compiles=True).drawn_BK is None
+    assert vocabulary_head(*arguments, form="compiled").drawn_BK is None
 
 
 def test_another_stream_and_another_chunk_make_no_new_graph():
@@ -105,7 +105,7 @@ def test_another_stream_and_another_chunk_make_no_new_graph():
 
     *weights, targets = inputs()
     arguments = (*weights, VALID, targets, POSITIONS)
-    vocabulary_head(*arguments, DRAW, 20, True)
+    vocabulary_head(*arguments, DRAW, 20, "compiled")
     made = counters["stats"]["unique_graphs"]
-    vocabulary_head(*arguments, replace(DRAW, key=(5, 6)), 20, True)
+    vocabulary_head(*arguments, replace(DRAW, key=(5, 6)), 20, "compiled")
     assert counters["stats"]["unique_graphs"] == made

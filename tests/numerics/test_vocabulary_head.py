@@ -85,7 +85,7 @@ def test_forbidden_ids_leave_the_draws_alone(chunk_ids, allowed):
 def test_without_a_key_nothing_is_drawn_and_no_noise_is_computed(monkeypatch):
     *weights, targets = inputs(torch.float32)
     drawing = head(*weights, targets)
-    monkeypatch.setattr("pipeline.modeling.vocabulary_head.gumbel_noise", None)
+    monkeypatch.setattr("pipeline.modeling.vocabulary_sums.gumbel_noise", None)
     out = head(*weights, targets, draw=None)
     assert out.drawn_BK is None
     assert torch.equal(out.loss_sum, drawing.loss_sum)

@@ -22,6 +22,7 @@ from pipeline.modeling import (
     networks,
     pair,
     vocabulary_head,
+    vocabulary_sums,
 )
 from pipeline.rtd import CorruptedBatch
 
@@ -30,7 +31,7 @@ def argmax_for_sampling(patch):
     def silence(words, positions, first_id, num_ids, key):
         return torch.zeros(*positions.shape, num_ids)
 
-    patch.setattr(vocabulary_head, "gumbel_noise", silence)
+    patch.setattr(vocabulary_sums, "gumbel_noise", silence)
 
 
 def temperature_ignored(patch):

@@ -3,7 +3,7 @@
 Triton passes a named tuple's fields one by one; a `Form` is part of the compiled kernel's name.
 
 Letters: H heads, T tokens of all sequences, L longest sequence, R rows of the relative table,
-C columns of the products with it, d head size.
+C columns of the products with it, d head size; in the vocabulary head N masked slots, B sequences.
 """
 
 from dataclasses import dataclass
@@ -57,6 +57,42 @@ class Drop(NamedTuple):
     """round(65536 p)."""
     keep_scale: float
     """1 / (1 - p)."""
+
+
+class Sums(NamedTuple):
+    """What the vocabulary head carries from chunk to chunk: contiguous [N], updated in place."""
+
+    maximum: torch.Tensor
+    """fp32."""
+    total: torch.Tensor
+    """fp32: sum of exponentials relative to the maximum."""
+    target_logit: torch.Tensor
+    """fp32."""
+    best_id: torch.Tensor
+    """int64: id of the maximum, the lowest at a tie."""
+    best_score: torch.Tensor
+    """fp32: highest logit / temperature + noise among the ids that may be drawn."""
+    drawn_id: torch.Tensor
+    """int64: its id, the lowest at a tie."""
+
+
+class Noise(NamedTuple):
+    """What the noise of draws depends on; read where there are draws."""
+
+    key: torch.Tensor
+    """int64 [2], the stream."""
+    sample_words: torch.Tensor
+    """int64 [B, 2], contiguous: identities of the samples."""
+    positions: torch.Tensor
+    """int64 [N], contiguous: positions of the slots in their sequences."""
+    slots: int
+    """Slots of a sequence: N / B."""
+    factor: float
+    """1 / temperature."""
+    start: int
+    """First id that may be drawn."""
+    stop: int
+    """Id before which those end."""
 
 
 @dataclass(frozen=True)

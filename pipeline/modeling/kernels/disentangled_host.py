@@ -14,29 +14,24 @@ table, E = 2 L distances, C columns of the products (R or E).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from pipeline.modeling.kernels.arguments import Drop, Extent, Form, PositionTerms, Rows
 from pipeline.modeling.kernels.forward_kernel import forward_kernel
 from pipeline.modeling.kernels.gradient_kernels import side_kernel, table_kernel
+from pipeline.modeling.kernels.launching import INTERPRETED, device_architecture, launch
 from pipeline.modeling.kernels.score_kernel import delta_kernel, score_kernel
 from pipeline.modeling.kernels.tile_table import (
     TABLE_PROGRAMS,
     KernelName,
     Tile,
-    architecture_of,
     tile_for,
 )
 
 SCRATCH_BYTES = 256 * 2**20
 """Scratch memory of a group of heads; one head alone may need more."""
-
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-"""Whether TRITON_INTERPRET was set when the kernels were imported: they then run on a CPU."""
 
 _WIDE = {torch.float64: tl.float64}
 
@@ -100,35 +95,6 @@ class Problem:
             # TF32 would round fp32 inputs to 10 bits.
             precision="ieee",
         )
-
-
-def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *args: Any, **constants: Any) -> None:
-    """Launch a kernel with the warps and the pipeline of its tile.
-
-    Args:
-        kernel: A function of the kernel modules.
-        grid: Programs in each dimension.
-        tile: The tile.
-        *args: Tensors, numbers and tuples of them.
-        **constants: What the kernel is compiled for.
-    """
-    # Fusing multiply and add was Triton's default, and will not be from 3.10 on.
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    kernel[grid](*args, **constants, **options)
-
-
-def device_architecture(device: torch.device) -> str | None:
-    """Choose the tile table of a device.
-
-    Args:
-        device: Where the tensors are.
-
-    Returns:
-        A key of `TABLES`; None under the interpreter.
-    """
-    if INTERPRETED:
-        return None
-    return architecture_of(torch.cuda.get_device_capability(device))
 
 
 class _Pass:

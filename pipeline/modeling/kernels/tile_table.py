@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 KernelName = Literal["forward", "delta", "scores", "side", "table"]
+HeadKernelName = Literal["sums", "gradient"]
 
 NOT_MEASURED = "not measured: chosen by registers and shared memory alone"
 
@@ -18,9 +19,9 @@ class Tile:
     """How a kernel is cut into programs."""
 
     rows: int
-    """Queries of a tile; rows of dS in the kernels that read it."""
+    """Queries of a tile; rows of dS in the kernels that read it; slots in the vocabulary head."""
     columns: int
-    """Keys of a tile; columns or diagonals of dS."""
+    """Keys of a tile; columns or diagonals of dS; ids in the vocabulary head."""
     warps: int
     stages: int
     """Depth of the software pipeline that loads tiles."""
@@ -34,6 +35,8 @@ class TileTable:
     """Device, date and result of the benchmark that chose them."""
     tiles: dict[KernelName, dict[tuple[int, int], Tile]]
     """kernel -> (head size, bytes of an element) -> tile."""
+    head: dict[HeadKernelName, Tile]
+    """Kernels of the vocabulary head, whose logits are fp32 in every run."""
 
 
 _DELTA = {32: Tile(128, 1, 4, 1), 64: Tile(64, 1, 4, 1), 128: Tile(32, 1, 4, 1)}
@@ -78,9 +81,12 @@ def _by_size(
     }
 
 
+# Four neighbours are one thread's: they share an evaluation of Philox, and no tile changes hands.
+_HEAD: dict[HeadKernelName, Tile] = {"sums": Tile(1, 512, 4, 1), "gradient": Tile(8, 128, 4, 1)}
+
 TABLES: dict[str, TileTable] = {
-    "sm_80": TileTable(NOT_MEASURED, _by_size(_HALF_80, _SINGLE)),
-    "sm_90": TileTable(NOT_MEASURED, _by_size(_HALF_90, _SINGLE)),
+    "sm_80": TileTable(NOT_MEASURED, _by_size(_HALF_80, _SINGLE), _HEAD),
+    "sm_90": TileTable(NOT_MEASURED, _by_size(_HALF_90, _SINGLE), _HEAD),
 }
 
 INTERPRETED = Tile(128, 128, 1, 1)
@@ -88,6 +94,8 @@ INTERPRETED = Tile(128, 128, 1, 1)
 
 TABLE_PROGRAMS = 256
 """Programs that `table_kernel` should have: sequences are cut into parts until it has them."""
+GRADIENT_ROWS = 128
+"""Rows of a program of the vocabulary head's `gradient_kernel`, which sums them for the bias."""
 
 
 def architecture_of(capability: tuple[int, int]) -> str:
@@ -126,3 +134,16 @@ def tile_for(
         return INTERPRETED
     tile = TABLES[architecture].tiles[kernel][head_size, element_bytes]
     return tile if octets else replace(tile, columns=max(16, tile.columns // 2))
+
+
+def head_tile(architecture: str | None, kernel: HeadKernelName) -> Tile:
+    """Look up the tile of a kernel of the vocabulary head.
+
+    Args:
+        architecture: A key of `TABLES`; None under the interpreter.
+        kernel: The kernel.
+
+    Returns:
+        The tile.
+    """
+    return INTERPRETED if architecture is None else TABLES[architecture].head[kernel]
