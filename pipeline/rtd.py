@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.counter_rng import Key, philox4x32
+from pipeline.counter_rng import Key, philox_bits
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,15 @@ def gumbel_noise(
         None, None, :
     ]
     first, second = (word[:, None, None] for word in sample_words_B2.unbind(1))
-    words = philox4x32((quads, positions_BK[:, :, None], first, second), key)
-    u = (torch.stack(words, -1).flatten(2)[:, :, :num_ids].float() + 0.5) * 2.0**-32
+    bits = philox_bits((quads, positions_BK[:, :, None], first, second), key)
+    u_BKQ4 = torch.empty((*bits[0].shape, 4), device=positions_BK.device)
+    for lane, each in enumerate(bits):
+        u_BKQ4[..., lane] = each.view(torch.uint32)
+    # -u of u = (word + 1/2) / 2^32, in one pass: scaling by 2^-32 rounds nothing.
+    half = torch.full((), -(2.0**-33), device=positions_BK.device)
+    minus_u = torch.add(half, u_BKQ4.flatten(2)[:, :, :num_ids], alpha=-(2.0**-32))
     # log1p keeps the upper tail exact; a word that rounds to u = 1 gives -inf, which never wins.
-    return -torch.log(-torch.log1p(-u))
+    return minus_u.log1p_().neg_().log_().neg_()
 
 
 def corrupt(

@@ -30,12 +30,16 @@ from triton.backends.compiler import GPUTarget
 
 from pipeline.counter_rng import DropoutKey
 from pipeline.modeling.kernels import disentangled_host as host
+from pipeline.modeling.kernels import vocabulary_host
+from pipeline.modeling.kernels.arguments import Noise
 from pipeline.modeling.kernels.serving import HEAD_SIZES
 from pipeline.modeling.kernels.tile_table import TABLES, Tile
+from pipeline.modeling.vocabulary_head import CHUNK_IDS
 
 SHARED_BYTES = {"sm_80": 160 * 1024, "sm_90": 227 * 1024}
 MAX_REGISTERS = 255
 HEADS, SEQUENCES, TABLE_ROWS = 2, 2, 512
+SLOTS, VOCABULARY = 77, 128_100
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ VARIANTS = (
     Variant("table rows, odd length", length=513),
 )
 DTYPES = ("bfloat16", "float32")  # tiles go by the bytes of an element
+# Rows of a whole chunk of ids begin at multiples of 16 elements, those of the last one do not.
+CHUNKS = {"a chunk of ids": CHUNK_IDS, "the last chunk": VOCABULARY % CHUNK_IDS}
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ class Compiled:
 
     architecture: str
     kernel: str
-    head_size: int
+    head_size: int | None
+    """None in the vocabulary head."""
     dtype: str
     variant: str
     tile: Tile
@@ -135,34 +142,59 @@ def problem(variant: Variant, head_size: int, dtype_name: str) -> host.Problem:
     )
 
 
-def compile_all(
-    architecture: str, head_size: int, dtype: str, variant: Variant, wanted: str | None
-) -> list[Compiled]:
-    """Compile what one forward and one backward pass launch."""
-    found: dict[str, Compiled] = {}
+class CompileOnly:
+    """In the place of `launch`: compiles each kernel once.
 
-    def compile_only(kernel: Any, grid: Any, tile: Tile, *args: Any, **constants: Any) -> None:
+    Args:
+        architecture: What for.
+        head_size: Channels of a head; None in the vocabulary head.
+        dtype: Of the inputs.
+        variant: Its name in the table.
+        wanted: The one kernel to compile; None compiles all.
+        skips: Kernels that another variant has compiled.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        head_size: int | None,
+        dtype: str,
+        variant: str,
+        wanted: str | None,
+        skips: frozenset[str] = frozenset(),
+    ) -> None:
+        triton.runtime.driver.set_active(CompilingDriver(architecture))
+        self.case = (head_size, dtype, variant)
+        self.architecture, self.wanted, self.skips = architecture, wanted, skips
+        self.found: dict[str, Compiled] = {}
+
+    def __call__(
+        self, kernel: Any, grid: Any, tile: Tile, *args: Any, fuses: bool = True, **constants: Any
+    ) -> None:
         name = kernel.fn.__name__.removesuffix("_kernel")
-        # The forms differ in what only these two kernels compute.
-        repeats = variant is not VARIANTS[0] and name not in ("forward", "score")
-        if repeats or name in found or (wanted and name != wanted):
+        if name in self.skips or name in self.found or self.wanted not in (None, name):
             return
-        options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": fuses}
         compiled = kernel.warmup(*args, grid=grid, **constants, **options)
         registers, stack_bytes = resources(compiled.asm["cubin"])
-        found[name] = Compiled(
-            architecture,
+        self.found[name] = Compiled(
+            self.architecture,
             name,
-            head_size,
-            dtype,
-            variant.name,
+            *self.case,
             tile,
             registers,
             stack_bytes,
             compiled.metadata.shared,
         )
 
-    triton.runtime.driver.set_active(CompilingDriver(architecture))
+
+def compile_all(
+    architecture: str, head_size: int, dtype: str, variant: Variant, wanted: str | None
+) -> list[Compiled]:
+    """Compile what one forward and one backward pass of attention launch."""
+    # The forms differ in what only two kernels compute.
+    repeated = frozenset({"delta", "side", "table"} if variant is not VARIANTS[0] else ())
+    compile_only = CompileOnly(architecture, head_size, dtype, variant.name, wanted, repeated)
     here = problem(variant, head_size, dtype)
     with (
         mock.patch.object(host, "launch", compile_only),
@@ -170,7 +202,26 @@ def compile_all(
     ):
         context, log_sum_exp = host.forward(here)
         host.backward(here, context, context, log_sum_exp)
-    return list(found.values())
+    return list(compile_only.found.values())
+
+
+def compile_head(architecture: str, dtype: str, chunk: str, wanted: str | None) -> list[Compiled]:
+    """Compile what a chunk of the vocabulary head launches, with draws among some of the ids."""
+    compile_only = CompileOnly(architecture, None, dtype, chunk, wanted)
+    rows, size = SEQUENCES * SLOTS, CHUNKS[chunk]
+    number = torch.zeros(rows, dtype=torch.int64)
+    words = torch.zeros(SEQUENCES, 2, dtype=torch.int64)
+    product, bias = torch.zeros(rows, size), torch.zeros(size, dtype=getattr(torch, dtype))
+    with (
+        mock.patch.object(vocabulary_host, "launch", compile_only),
+        mock.patch.object(vocabulary_host, "device_architecture", return_value=architecture),
+    ):
+        noise = Noise(number[:2], words, number, SLOTS, factor=1.0, start=4, stop=VOCABULARY)
+        sums = vocabulary_host.ChunkSums(number, noise)
+        sums.add(0, product, bias)
+        totals = (sums.max_N, sums.sum_N, sums.sum_N)
+        vocabulary_host.chunk_gradient(product, bias, *totals, number, 0, bias.dtype)
+    return list(compile_only.found.values())
 
 
 def show(rows: list[Compiled]) -> None:
@@ -182,7 +233,7 @@ def show(rows: list[Compiled]) -> None:
         table.add_row(
             row.architecture,
             row.kernel,
-            str(row.head_size),
+            "" if row.head_size is None else str(row.head_size),
             row.dtype,
             row.variant,
             f"{tile.rows} x {tile.columns}",
@@ -201,7 +252,7 @@ def main() -> int:
     parser.add_argument("--architecture", choices=sorted(TABLES), help="all")
     parser.add_argument("--head-size", type=int, choices=HEAD_SIZES, help="all")
     parser.add_argument("--dtype", choices=DTYPES, help="all")
-    parser.add_argument("--kernel", help="forward, delta, score, side or table; all")
+    parser.add_argument("--kernel", help="forward, delta, score, side, table, sums, gradient; all")
     options = parser.parse_args()
     asked = {options.architecture, options.head_size, options.dtype} - {None}
     rows = []
@@ -210,6 +261,9 @@ def main() -> int:
             print(f"compiling {case[0]}, heads of {case[1]}, {case[2]} ...", flush=True)
             for variant in VARIANTS:
                 rows += compile_all(*case, variant, options.kernel)
+    for architecture, dtype, chunk in itertools.product(TABLES, DTYPES, CHUNKS):
+        if asked <= {architecture, dtype}:
+            rows += compile_head(architecture, dtype, chunk, options.kernel)
     show(rows)
     faults = [row for row in rows if row.fault]
     print(f"{len(rows)} kernels compiled, {len(faults)} at fault")

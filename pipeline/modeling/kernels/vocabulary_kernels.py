@@ -19,10 +19,10 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def _logits(products, bias, row_R, real_R, place_C, size):
+def _logits(products, bias, row_R, real_R, place_C, SIZE: tl.constexpr):
     """Load products [R, C] of fp32 and add the bias; padding rows have the bias alone."""
-    inside_C = place_C < size
-    first_R = products + row_R.to(tl.int64) * size
+    inside_C = place_C < SIZE
+    first_R = products + row_R.to(tl.int64) * SIZE
     product_RC = tl.load(
         first_R[:, None] + place_C[None, :], mask=real_R[:, None] & inside_C[None, :], other=0.0
     )
@@ -73,12 +73,12 @@ def sums_kernel(
     noise,
     first_id,
     num_rows,
-    size,
+    SIZE: tl.constexpr,
     DRAWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Take a chunk of `size` ids that begins with `first_id` into the `Sums`: grid (row blocks)."""
+    """Take a chunk of `SIZE` ids that begins with `first_id` into the `Sums`: grid (row blocks)."""
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     real_R = row_R < num_rows
     seen_RC = tl.full([BLOCK_R, BLOCK_C], _LOWEST, tl.float32)
@@ -88,10 +88,10 @@ def sums_kernel(
     score_place_RC = tl.full([BLOCK_R, BLOCK_C], 0, tl.int32)
     if DRAWS:
         slot_R3, key_2 = _slots(noise, row_R, real_R)
-    for first in range(0, size, BLOCK_C):
+    for first in range(0, SIZE, BLOCK_C):
         place_C = first + tl.arange(0, BLOCK_C)
-        logit_RC = _logits(products, bias, row_R, real_R, place_C, size)
-        inside_1C = (place_C < size)[None, :]
+        logit_RC = _logits(products, bias, row_R, real_R, place_C, SIZE)
+        inside_1C = (place_C < SIZE)[None, :]
         # Comparisons are false for what is not a number, which reaches the sum and never wins.
         higher_RC = inside_1C & (logit_RC > seen_RC)
         gap_RC = tl.exp(-tl.abs(logit_RC - seen_RC))
@@ -116,8 +116,8 @@ def sums_kernel(
     tl.store(sums.total + row_R, total_R, mask=real_R)
     _join(sums.maximum + row_R, sums.best_id + row_R, top_R, first_id + place_R, real_R)
     target_R = tl.load(targets + row_R, mask=real_R, other=-1) - first_id
-    here_R = (target_R >= 0) & (target_R < size)
-    line_R = products + row_R.to(tl.int64) * size
+    here_R = (target_R >= 0) & (target_R < SIZE)
+    line_R = products + row_R.to(tl.int64) * SIZE
     logit_R = tl.load(line_R + target_R, mask=here_R, other=0.0)
     logit_R += tl.load(bias + target_R, mask=here_R, other=0.0).to(tl.float32)
     tl.store(sums.target_logit + row_R, logit_R, mask=here_R)
@@ -138,7 +138,7 @@ def gradient_kernel(
     d_bias,
     first_id,
     num_rows,
-    size,
+    SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -146,16 +146,16 @@ def gradient_kernel(
     """Differentiate a chunk: grid (id blocks, parts of `ROWS` rows).
 
     `scale` is the loss's weight over the sum of exponentials; `d_logits` may be the products' own
-    memory; `d_bias` [parts, size] gets each part's sum over its rows.
+    memory; `d_bias` [parts, SIZE] gets each part's sum over its rows.
     """
     place_C = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(1)
-    inside_C = place_C < size
+    inside_C = place_C < SIZE
     d_bias_RC = tl.full([BLOCK_R, BLOCK_C], 0.0, tl.float32)
     for first in range(0, ROWS, BLOCK_R):
         row_R = part * ROWS + first + tl.arange(0, BLOCK_R)
         real_R = row_R < num_rows
-        logit_RC = _logits(products, bias, row_R, real_R, place_C, size)
+        logit_RC = _logits(products, bias, row_R, real_R, place_C, SIZE)
         # Rows past the end: exp(x - inf) is 0 for every x.
         maximum_R = tl.load(maximum + row_R, mask=real_R, other=float("inf"))
         scale_R = tl.load(scale + row_R, mask=real_R, other=0.0)
@@ -165,8 +165,8 @@ def gradient_kernel(
         is_target_RC = target_R[:, None] == place_C[None, :]
         d_logit_RC = share_RC - tl.where(is_target_RC, weight_R[:, None], 0.0)
         d_bias_RC += d_logit_RC
-        at_RC = (row_R.to(tl.int64) * size)[:, None] + place_C[None, :]
+        at_RC = (row_R.to(tl.int64) * SIZE)[:, None] + place_C[None, :]
         narrow_RC = d_logit_RC.to(d_logits.dtype.element_ty)
         tl.store(d_logits + at_RC, narrow_RC, mask=real_R[:, None] & inside_C[None, :])
     d_bias_C = tl.reduce(d_bias_RC, 0, tl.standard._sum_combine)
-    tl.store(d_bias + part * size + place_C, d_bias_C, mask=inside_C)
+    tl.store(d_bias + part * SIZE + place_C, d_bias_C, mask=inside_C)
