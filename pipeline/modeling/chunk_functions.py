@@ -1,7 +1,7 @@
 """One chunk of the vocabulary as pure functions that torch.compile makes single passes of.
 
 `vocabulary_head` computes the same with torch's operations. Counted for 1,232 slots, these move the
-size of a chunk's logits eight times forward, eight times backward, and 120 times for the noise of
+size of a chunk's logits eight times forward, eight times backward, and 54 times for the noise of
 the draw. Inductor's count of these functions is once, three and a half times, and ten times.
 
     chunk_sums       running maximum and sum of exponentials, the target's logit, the argmax

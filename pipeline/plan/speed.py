@@ -49,14 +49,18 @@ _COUNTED = {
 }
 # Hidden elements of a layer with fused attention, inside of it and outside, with graphs or without.
 _FUSED_ATTENTION, _FUSED_OUTSIDE = 21, {False: 66, True: 77}
-_MASK_BYTES = {"scores": 310, "hidden": 320}
-"""To draw and apply a dropout mask by int64 arithmetic, an element; a compiled one moves bits."""
+_MASK_BYTES = {"scores": 138, "hidden": 142}
+"""To draw and apply a dropout mask by integer arithmetic, an element; a compiled one moves bits."""
 _COMPILED_MASK_BYTES = 0.5
-_HEAD_BYTES = {"forward": 36, "draws": 499, "backward": 59}
-"""A masked slot and an id: logits, Gumbel noise by int64 arithmetic, and their gradient."""
+_HEAD_BYTES = {
+    "torch": {"forward": 32, "draws": 215, "backward": 42},
+    "compiled": {"forward": 8, "draws": 40, "backward": 22},
+    "fused": {"forward": 8, "draws": 0, "backward": 14},
+}
+"""A masked slot and an id: logits, Gumbel noise by integer arithmetic, and their gradient."""
 _KERNELS = {"torch": (105, 118), "fused": (66, 88)}
 """Launches of a layer without graphs and dropout, and with graphs."""
-_MASK_KERNELS = 4 * 130  # four masks a layer; attention's own is inside fused kernels
+_MASK_KERNELS = 4 * 91  # four masks a layer; attention's own is inside fused kernels
 _UPDATE_BYTES = 28  # Adam reads four fp32 numbers and writes three
 _NORM_BYTES = 12  # gradients are read for their norm, then scaled
 
@@ -246,9 +250,11 @@ def _mlm_head_seconds(config: RunConfig, gpu: Gpu, precision: str, share: float)
     width = network.word_embedding_size
     peak = gpu.fp32_flops if precision == "fp32" else gpu.half_flops
     products = 2 * width * (3 * network.hidden_size + 4 * vocabulary)
-    moved = _HEAD_BYTES["forward"] + _HEAD_BYTES["backward"]
+    form = "compiled" if config.model.compile == "layer" else "torch"
+    parts = _HEAD_BYTES["fused" if config.model.attention_backend == "triton" else form]
+    moved = parts["forward"] + parts["backward"]
     if config.discriminator is not None:
-        moved += _HEAD_BYTES["draws"]
+        moved += parts["draws"]
     bandwidth = MEMORY_SHARE * gpu.memory_bytes_per_second
     return share * (products / (PRODUCT_SHARE * peak) + moved * vocabulary / bandwidth)
 

@@ -1,8 +1,8 @@
 """What one operation needs while it runs: modelled from the operations that need most.
 
-Not compiled, a dropout mask of n elements is drawn by int64 arithmetic that holds 21 n bytes at a
-time, and Gumbel noise 26 bytes for a slot and an id. Tests compare the sums with the peak of whole
-forward and backward passes on a CPU.
+Not compiled, a dropout mask of n elements is drawn by integer arithmetic that holds 10.5 n bytes at
+a time, and Gumbel noise 15 bytes for a slot and an id; fused kernels draw in registers. Tests
+compare the sums with the peak of whole forward and backward passes on a CPU.
 
 Letters: n = H B L L scores, N masked slots of a micro batch, C ids of a chunk.
 """
@@ -10,8 +10,8 @@ Letters: n = H B L L scores, N masked slots of a micro batch, C ids of a chunk.
 from pipeline.config import RunConfig
 from pipeline.plan.activations import CHUNK_IDS, Activations, masked_slots
 
-_MASK_DRAW_BYTES = 21  # for an element: one int64 counter in eight, four words, eight halves, twice
-_DRAWN_LOGIT_BYTES = 30  # fp32 logit, and 26 of Gumbel noise
+_MASK_DRAW_BYTES = 10.5  # for an element: an eighth of counters, products and words
+_DRAWN_LOGIT_BYTES = 19  # fp32 logit, and 15 of Gumbel noise
 _LOGIT_BYTES = 8  # fp32 logit and its exponential, forward and backward
 _FP32 = 4
 # Matrices of n elements that live at once: two scores, and a band of two columns a distance twice.
@@ -63,7 +63,7 @@ def _attention_workspace(kept: Activations, states: int) -> int:
         terms = 2 * element if network.relative_attention else 0
         forward = scores * (terms + _EAGER_FORWARD_BYTES + narrow + draw)
         backward = scores * _EAGER_BACKWARD_BYTES
-    return max(backward + 4 * states, forward - kept_scores)
+    return max(backward + 4 * states, round(forward) - kept_scores)
 
 
 def logits_workspace(config: RunConfig, sequences: int, length: int, weight_bytes: int) -> int:
@@ -80,6 +80,8 @@ def logits_workspace(config: RunConfig, sequences: int, length: int, weight_byte
     """
     rows = sequences * masked_slots(length, config.objective)
     ids = min(CHUNK_IDS, config.model.vocab_size)
+    narrow = weight_bytes if weight_bytes < _FP32 else 0
+    if config.model.attention_backend == "triton":
+        return rows * ids * (_FP32 + narrow)  # logits, and their gradient where it is not in place
     draws = config.discriminator is not None
-    backward = _LOGIT_BYTES + (weight_bytes if weight_bytes < _FP32 else 0)
-    return rows * ids * (_DRAWN_LOGIT_BYTES if draws else backward)
+    return rows * ids * (_DRAWN_LOGIT_BYTES if draws else _LOGIT_BYTES + narrow)

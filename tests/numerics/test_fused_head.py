@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from pipeline.config import ObjectiveSection
 from pipeline.modeling import heads, vocabulary_sums
 from pipeline.modeling.kernels import serving, tile_table
+from pipeline.modeling.kernels.vocabulary_traffic import head_backward_traffic, head_forward_traffic
 from pipeline.modeling.networks import Generator
 from pipeline.rtd import DrawKey, gumbel_noise
 from tests.interpreting import forget_kernels, interpreted_kernels
@@ -179,6 +181,33 @@ def test_the_same_inputs_give_the_same_bits():
     (one, ones), (two, twos) = (batch.found("fused", 400) for _ in range(2))
     pairs = zip((*one, *ones), (*two, *twos), strict=True)
     assert all(torch.equal(left, right) for left, right in pairs)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_documented_traffic_is_what_the_kernels_are_handed(dtype, monkeypatch):
+    rows, ids, element = 2 * tile_table.GRADIENT_ROWS, 300, dtype.itemsize
+    batch = HeadBatch.make(rows, ids, dtype)
+    host, launched = serving.host("vocabulary"), []
+    launch = host.launch
+
+    def watch(kernel, grid, tile, *arguments, **constants):
+        tensors = {
+            each.data_ptr(): each for each in tree_leaves(arguments) if torch.is_tensor(each)
+        }
+        matrices = [each for each in tensors.values() if each.dim() == 2 and each.shape[1] > 2]
+        handed = [sum(each.nbytes for each in arguments if each is matrix) for matrix in matrices]
+        launched.append(sum(handed) / (rows * ids / 3))
+        launch(kernel, grid, tile, *arguments, **constants)
+
+    monkeypatch.setattr(host, "launch", watch)
+    batch.found("fused", ids // 3)
+    forward, backward = head_forward_traffic(), head_backward_traffic(element)
+    kernels = [forward[1].bytes] * 3 + [backward[1].bytes] * 3
+    assert launched == pytest.approx(kernels)
+    # Then come products, which read and write what the kernels have and what they leave.
+    assert sum(step.bytes for step in forward) == 8
+    assert sum(step.bytes for step in backward) == pytest.approx(8 + 3 * element, rel=0.01)
 
 
 def section(backend, **model):

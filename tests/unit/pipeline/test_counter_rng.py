@@ -8,6 +8,7 @@ from pipeline.counter_rng import (
     DropoutKey,
     dropout,
     philox4x32,
+    philox_bits,
     position_words,
     sample_words,
     stream_key,
@@ -33,6 +34,34 @@ def test_published_vectors(counter, key, expected, library):
     ]
     words = philox4x32(tuple(make(value) for value in counter), key)
     assert tuple(int(word[0]) for word in words) == expected
+
+
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_few_passes_give_the_same_bits(as_tensors):
+    values = torch.Generator().manual_seed(0)
+    shapes = ((1, 1000), (30, 1), (30, 1), (30, 1))
+    counter = tuple(torch.randint(2**32, shape, generator=values) for shape in shapes)
+    for key in ((0xFFFFFFFF, 0x80000000), (3, 0x7FFFFFFF)):
+        given = tuple(torch.tensor(key).unbind()) if as_tensors else key
+        expected = philox4x32(counter, given)
+        for left, right in zip(philox_bits(counter, given), expected, strict=True):
+            assert left.dtype == torch.int32
+            assert torch.equal(left.view(torch.uint32).long(), right)
+    some = (counter[0], 2**32 - 1, counter[2], 7)
+    ours, theirs = philox_bits(some, (1, 2)), philox4x32(some, (1, 2))
+    for left, right in zip(ours, theirs, strict=True):
+        assert torch.equal(left.view(torch.uint32).long(), right)
+
+
+@pytest.mark.parametrize("p", [1e-9, 1e-5, 0.1, 0.9, 0.999999])
+def test_a_keep_mask_compares_sixteen_bits_an_element(p):
+    """Lower halves of words before upper ones; p rounds to 1/65536, and may round to 0 or 1."""
+    site = DropoutKey.derive(1, "generator", 2, 3, 4, torch.device("cpu")).site(5, 6)
+    octets = torch.arange(1251)
+    words = philox4x32((octets, 0, torch.full_like(octets, 5), 6), site.words_2.unbind())
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)
+    kept = site.keep_mask((10_001,), p)
+    assert torch.equal(kept, halves.flatten()[:10_001] >= round(p * 65536))
 
 
 def test_numpy_and_torch_give_the_same_words():

@@ -8,14 +8,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import DataSection
+from pipeline.modeling import vocabulary_head
 from pipeline.modeling.kernels import traffic as kernel_traffic
+from pipeline.modeling.kernels.vocabulary_traffic import (
+    head_backward_traffic,
+    head_forward_traffic,
+)
 from pipeline.modeling.pair import NetworkPair, shared_rows
-from pipeline.plan import activations
+from pipeline.plan import activations, speed
 from pipeline.plan.devices import Cluster
 from pipeline.plan.planning import evaluate
 from pipeline.plan.report import figures
 from pipeline.plan.speed import HIDDEN_SHARE, LayerWork, token_seconds
-from tests.benchmarks.traffic import our_traffic
+from pipeline.rtd import DrawKey
+from tests.benchmarks.traffic import TrafficCounter, our_traffic
 from tests.numerics.test_plan_activations import run as small_run
 from tests.planning import EIGHT, H100, LARGE, deepspeed_of, plan_of, with_model
 from tests.worlds import ROOT
@@ -78,8 +84,38 @@ def test_bytes_of_fused_attention_are_those_that_the_kernels_document():
     assert planned == pytest.approx(sum(step.bytes for step in steps), rel=0.02)
 
 
+def head_bytes(draws):
+    """What the head of torch's operations moves for a slot and an id: forward, then backward."""
+    slots, ids, width = (16, 77), 16_384, 4
+    meta = {"device": "meta"}
+    weights = [torch.zeros(s, **meta).requires_grad_() for s in ((*slots, width), (ids, width))]
+    bias = torch.zeros(ids, **meta).requires_grad_()
+    number = torch.zeros(slots, dtype=torch.int64, **meta)
+    words = torch.zeros(16, 2, dtype=torch.int64, **meta)
+    draw = DrawKey((1, 2), words) if draws else None
+    found = []
+    with TrafficCounter() as counter:
+        out = vocabulary_head.vocabulary_head(*weights, bias, number == 0, number, number, draw)
+        found.append(counter.bytes)
+        torch.autograd.grad(out.loss_sum, [*weights, bias])
+        found.append(counter.bytes - found[0])
+    return [each / (number.numel() * ids) for each in found]
+
+
+def test_bytes_of_the_head_are_those_of_its_operations_and_kernels():
+    (plain, backward), (drawing, _) = head_bytes(False), head_bytes(True)
+    torchs, fused = speed._HEAD_BYTES["torch"], speed._HEAD_BYTES["fused"]
+    assert torchs["forward"] == pytest.approx(plain, rel=0.01)
+    assert torchs["draws"] == pytest.approx(drawing - plain, rel=0.01)
+    # In bf16 the gradient is copied, and both products with it read half as much.
+    assert torchs["backward"] == pytest.approx(backward + 6 - 4, rel=0.01)
+    documented = (head_forward_traffic(), head_backward_traffic(2))
+    for part, steps in zip(("forward", "backward"), documented, strict=True):
+        assert fused[part] == pytest.approx(sum(step.bytes for step in steps), rel=0.01)
+
+
 def test_a_fused_compiled_layer_is_fastest():
-    """Where draws are left out; with them, the vocabulary's noise is a third of the time."""
+    """By operations, graphs and kernels of layers and of the vocabulary head."""
     rates = {
         (backend, kind): 1
         / token_seconds(
