@@ -77,10 +77,19 @@ def test_tiles_of_all_sizes(tile, tiles):
 
 
 @needs_triton
-def test_rows_of_several_parts():
+@pytest.mark.parametrize("tile", [(32, 128), (128, 128)])
+def test_rows_of_several_parts(tile, tiles):
     """The bias's gradient is summed by 128 rows and then over these."""
+    tiles(*tile)
     batch = HeadBatch.make(300, 130)
     assert_near(batch.found("fused")[1], batch.expected()[3], 1e-6)
+
+
+@needs_triton
+def test_rows_past_the_end_add_nothing_to_the_gradient_of_a_large_bias():
+    batch = HeadBatch.make(7, 61)
+    batch.weights[2].data[[5, 40]] = 200.0  # alone, as such a row has it, its exponential is inf
+    assert_near(batch.found("fused", 20)[1], batch.expected()[3], 1e-5)
 
 
 @needs_triton
