@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.faults.forks import free_port
+from tests.worlds import free_port
 
 
 def main(plan):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,13 @@ def environment():
     }
 
 
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def command(config, deepspeed_json, dataset, folder, *words, ranks=1, launcher="torchrun"):
     """The command line of a training world."""
     module = ["pipeline.train"]
@@ -38,7 +46,11 @@ def command(config, deepspeed_json, dataset, folder, *words, ranks=1, launcher="
             "-m",
             *module,
         ],
-        "deepspeed": ["deepspeed", "--num_accelerators", str(ranks), "--module", *module],
+        "deepspeed": [
+            *("deepspeed", "--num_accelerators", str(ranks)),
+            *("--master_port", str(free_port())),  # its own is the same for everybody
+            *("--module", *module),
+        ],
         "mpirun": ["mpirun", "-n", str(ranks), sys.executable, "-m", *module],
         "python": [sys.executable, "-m", *module],
     }["python" if ranks == 1 and launcher == "torchrun" else launcher]

@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.worlds import ROOT, environment
+from tests.worlds import ROOT, environment, free_port
 
 PR_SET_PDEATHSIG = 1
 START_SECONDS = 120
@@ -225,13 +224,6 @@ def _record_samples(path: str) -> None:
         return take_step(self, step, micro_batches, *arguments)
 
     TrainingStep.__call__ = recorded  # type: ignore[method-assign]
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import socket
 import pytest
 
 from tests.faults.fingerprint import fingerprint
-from tests.faults.forks import free_port
 from tests.faults.harness import Setup
+from tests.worlds import free_port
 
 pytestmark = pytest.mark.distributed
 
