@@ -5,7 +5,9 @@ ones of the same source and split (held-out documents, the ends of sources) are 
 of the following units, so that a large corpus does not end in thousands of tiny files. What is
 joined depends on sizes in unit order alone.
 
-Nothing in the work folder is changed: after a kill the whole step is simply done again.
+The dataset is put together in a partial folder beside the units and then moved, file by file, the
+manifest and its seal last. After a kill the whole step is simply done again; two processes that do
+it at once give each file the same bytes.
 """
 
 import errno
@@ -17,7 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.manifest import FileInfo, ShardInfo, Split, sync_folder
+from data_prep.manifest import (
+    MANIFEST_NAME,
+    SEAL_NAME,
+    FileInfo,
+    ShardInfo,
+    Split,
+    sync_folder,
+)
 from data_prep.npy_files import hash_blocks
 from data_prep.shard_writer import ShardWriter
 from data_prep.shards import ShardReader
@@ -112,21 +121,16 @@ def link_or_copy(source: Path, target: Path) -> None:
 
     Args:
         source: the file.
-        target: its other name; replaced if it exists.
+        target: its other name, in a folder of this process alone; not there yet.
     """
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
     try:
-        partial.hardlink_to(source)
+        target.hardlink_to(source)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        shutil.copyfile(source, partial)
-        with partial.open("rb") as file:
+        shutil.copyfile(source, target)
+        with target.open("rb") as file:
             os.fsync(file.fileno())
-    # POSIX renames between two names of one file by doing nothing, so the partial may be left.
-    partial.replace(target)
-    partial.unlink(missing_ok=True)
 
 
 def join_drop_logs(unit_folders: Iterable[Path], folder: Path) -> FileInfo:
@@ -140,15 +144,12 @@ def join_drop_logs(unit_folders: Iterable[Path], folder: Path) -> FileInfo:
         The joined file as the manifest lists it.
     """
     target = folder / DROPPED_NAME
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    with partial.open("wb") as output:
+    with target.open("wb") as output:
         for unit_folder in unit_folders:
             with (unit_folder / DROPPED_NAME).open("rb") as log:
                 shutil.copyfileobj(log, output)
         output.flush()
         os.fsync(output.fileno())
-    partial.replace(target)
-    sync_folder(folder)
     return describe_file(target, DROPPED_NAME)
 
 
@@ -157,18 +158,15 @@ def copy_folder(source: Path, target: Path) -> Iterator[FileInfo]:
 
     Args:
         source: folder of the files.
-        target: folder inside the dataset; made if it is missing.
+        target: folder inside the dataset; made here.
 
     Yields:
         Each file as the manifest lists it, in the order of the names.
     """
-    target.mkdir(exist_ok=True)
+    target.mkdir()
     for path in sorted(source.iterdir()):
         link_or_copy(path, target / path.name)
-        with (target / path.name).open("rb") as file:
-            os.fsync(file.fileno())
         yield describe_file(target / path.name, f"{target.name}/{path.name}")
-    sync_folder(target)
 
 
 def describe_file(path: Path, name: str) -> FileInfo:
@@ -178,7 +176,22 @@ def describe_file(path: Path, name: str) -> FileInfo:
     return FileInfo(name, path.stat().st_size, sha256)
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what an assembly that was killed left behind in a dataset folder."""
-    for partial in (*folder.glob("*.partial"), *folder.glob("*/*.partial")):
-        partial.unlink()
+def publish_dataset(partial: Path, output: Path) -> None:
+    """Move a whole dataset to its place, so that it is one only when all of it is there.
+
+    Args:
+        partial: folder of all its files, on disk. A rename between two names of one file does
+            nothing, by POSIX, so some may be left there.
+        output: the dataset folder, on the same file system.
+    """
+    last = [partial / MANIFEST_NAME, partial / SEAL_NAME]
+    files = sorted(path for path in partial.rglob("*") if path.is_file() and path not in last)
+    for path in files:
+        target = output / path.relative_to(partial)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    for folder in {output, *(output / path.relative_to(partial).parent for path in files)}:
+        sync_folder(folder)
+    for path in last:
+        path.replace(output / path.name)
+        sync_folder(output)

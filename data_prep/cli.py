@@ -4,21 +4,28 @@ Exit codes: 0 done, 1 a worker died, 2 bad usage or input, 88 damaged dataset, 1
 """
 
 import json
+import os
 import sys
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from data_prep import commands_interchange, commands_report, console
+from data_prep.array_build import ShareReport, build_share
+from data_prep.array_tasks import ArrayTask
 from data_prep.build import MAX_MALFORMED
 from data_prep.build import build as run_build
 from data_prep.build_plan import SHARD_TOKENS, BuildOptions
+from data_prep.build_steps import BuildReport
 from data_prep.cleaning import CleaningOptions
 from data_prep.documents import ACCEPTED, ReadOptions, ReadReport
 from data_prep.errors import UserError
-from data_prep.executors import ProcessExecutor
+from data_prep.executor_choice import ExecutorName, open_executor
 from data_prep.manifest import Split
+from data_prep.mpi_executor import rank_in_environment
 from data_prep.shards import Dataset
 from data_prep.source_units import TARGET_BYTES
 from data_prep.stats import dataset_stats
@@ -97,9 +104,18 @@ def build(
     sources: SourcesArgument,
     tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder, or a .model file.")],
     output: Annotated[Path, typer.Option(help="Dataset folder to make, or to go on with.")],
-    workers: Annotated[int, typer.Option(help="Processes; 1.5 GiB of memory each.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes here, or in each array task; 1.5 GiB of memory each. 1 if not given."
+        ),
+    ] = None,
     executor: Annotated[
-        Literal["processes"], typer.Option(help="Where the units of work run.")
+        ExecutorName,
+        typer.Option(
+            help="Who does the work: processes of this machine, the ranks of mpirun, or the tasks "
+            "of a SLURM array, each its share."
+        ),
     ] = "processes",
     text_field: TextFieldOption = DEFAULTS.text_field,
     txt_document: TxtDocumentOption = DEFAULTS.txt_document,
@@ -121,9 +137,22 @@ def build(
 ) -> None:
     """Turn text into a dataset of token shards; run again after an interruption to continue.
 
-    The result depends on the input alone: the same bytes for any --workers and after any kill.
-
     Example: deberta-prep build corpus --tokenizer tokenizer --output dataset --workers 8
+
+    The result depends on the input alone: the same bytes for any --executor, any number of
+    workers, and after any kill.
+
+    \b
+    On a cluster
+      with MPI, one rank for the plan and the others for the work:
+        mpirun -n 64 deberta-prep build corpus --tokenizer tokenizer --output dataset \\
+            --executor mpi
+      as a SLURM array, whose last task makes the dataset:
+        sbatch --array=0-63 --cpus-per-task=4 --mem=8G --wrap "deberta-prep build corpus \\
+            --tokenizer tokenizer --output dataset --executor slurm-array --workers 4"
+      after an array of which tasks have failed, those alone, or the rest on one machine:
+        sbatch --array=3,7 ... the same
+        deberta-prep build corpus --tokenizer tokenizer --output dataset --workers 8
     """
     options = BuildOptions(
         read=ReadOptions(text_field, txt_document, max_document_bytes),
@@ -132,23 +161,31 @@ def build(
         unit_bytes=unit_bytes,
         shard_tokens=shard_tokens,
     )
-    pool = {"processes": ProcessExecutor}[executor](workers)
-    try:
-        with console.BuildProgress() as progress:
-            report = run_build(
-                sources,
-                tokenizer,
-                output,
-                options,
-                pool,
-                progress.start,
-                progress.advance,
-                max_malformed,
-            )
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; run the same command to go on with {output}", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    if as_json:
+    task = ArrayTask.from_environment(os.environ) if executor == "slurm-array" else None
+    with open_executor(executor, workers) as pool:
+        if pool is None:
+            return
+        try:
+            with console.BuildProgress() as progress:
+                words = (sources, tokenizer, output, options, pool)
+                hooks = (progress.start, progress.advance, max_malformed)
+                if task is None:
+                    report = run_build(*words, *hooks)
+                else:
+                    report = build_share(*words, task, *hooks)
+        except KeyboardInterrupt:
+            typer.echo(f"interrupted; run the same command to go on with {output}", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        _print_build(report, as_json)
+
+
+def _print_build(report: BuildReport | ShareReport, as_json: bool) -> None:
+    if isinstance(report, ShareReport):
+        if as_json:
+            _print_json(console.share_values(report))
+        else:
+            console.print_share(report)
+    elif as_json:
         _print_json(console.build_values(report))
     else:
         console.print_build(report)
@@ -233,8 +270,12 @@ def _print_json(values: Any) -> None:
 
 def main() -> None:
     """Run the command line; what a user did wrong is told in one message, without a traceback."""
+    # All ranks of an MPI world read the same words; one complaint about them is enough.
+    is_spokesman = rank_in_environment(os.environ) == 0
     try:
-        app(prog_name="deberta-prep")
+        with nullcontext() if is_spokesman else redirect_stderr(StringIO()):
+            app(prog_name="deberta-prep")
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if is_spokesman:
+            sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)

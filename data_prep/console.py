@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from data_prep.build import BuildReport
+from data_prep.array_build import ShareReport
+from data_prep.build_steps import BuildReport
 from data_prep.documents import ReadReport, Unit
 from data_prep.stats import GroupStats
-from data_prep.unit_work import DROPPED_NAME, UnitMark
+from data_prep.unit_work import DROPPED_NAME, UnitDone
 from data_prep.verify import VerifyReport
 
 _LINE_SECONDS = 10.0
@@ -44,11 +45,11 @@ class BuildProgress:
             self._task = self._bar.add_task("build", total=self._total_bytes, tokens="")
             self._bar.start()
 
-    def advance(self, mark: UnitMark) -> None:
+    def advance(self, done: UnitDone) -> None:
         """Count a finished unit."""
         self._done_units += 1
-        self._done_bytes += mark.input_bytes
-        self._tokens += sum(shard.num_tokens for shard in mark.shards)
+        self._done_bytes += done.input_bytes
+        self._tokens += done.num_tokens
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(
@@ -154,8 +155,34 @@ def build_values(report: BuildReport) -> dict[str, Any]:
         "notes": dict(manifest.notes),
         "examples": reading.examples if reading is not None else {},
         "resumed_units": report.resumed_units,
+        "units_of_worker": report.units_of_worker,
         "seconds": report.seconds,
     }
+
+
+def share_values(report: ShareReport) -> dict[str, Any]:
+    """A share's report as values that JSON can hold."""
+    return {**asdict(report), "folder": str(report.folder)}
+
+
+def print_share(report: ShareReport) -> None:
+    """The end report of an array task that others have still something to do after."""
+    write_line(
+        f"{report.task}: made {report.made_units} units, found {report.resumed_units} finished, "
+        f"in {report.seconds:.1f} s"
+    )
+    write_line(
+        f"{report.folder} is not complete: {report.finished_units} of {report.num_units} units "
+        f"are finished"
+    )
+    for line in report.unfinished[:_MAX_EXAMPLES]:
+        write_line(f"  {line}")
+    if len(report.unfinished) > _MAX_EXAMPLES:
+        write_line(f"  ... and {len(report.unfinished) - _MAX_EXAMPLES} more tasks")
+    write_line(
+        "the last task to finish makes the dataset; submit those that have failed once more, or "
+        "run the same command with --executor processes to do the rest"
+    )
 
 
 def print_build(report: BuildReport) -> None:
@@ -180,6 +207,9 @@ def print_build(report: BuildReport) -> None:
         write_line(f"warning: {warning}")
     if report.resumed_units:
         write_line(f"{report.resumed_units} units were finished by an earlier run")
+    if len(report.units_of_worker) > 1:
+        made = sorted(report.units_of_worker.values())
+        write_line(f"{len(made)} workers made {made[0]} to {made[-1]} units each")
     if report.reading is not None:
         rate = sum(source.input_bytes for source in manifest.sources) / report.seconds / 1e6
         write_line(f"{report.seconds:.1f} s, {rate:.1f} MB of input a second")

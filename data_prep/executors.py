@@ -1,12 +1,16 @@
 """Where the work of `build` runs: one interface, so that the work does not know.
 
     Executor.run(task, items)   yields results as they complete, in any order
+    run_in_pool                 the same over any pool of `concurrent.futures`, in bounded memory
 
 A task is a picklable function of one item that leaves its result on disk; what it returns is only
-a report. The build looks at the disk afterwards, so an executor may run any subset of the items
-(the share of one machine) and be killed at any time.
+a report of a few numbers. The build looks at the disk afterwards, so workers may be killed at any
+time.
 
     ProcessExecutor             a pool of processes on this machine
+    mpi_executor.MpiExecutor    the ranks that mpirun started, on any number of machines
+
+SLURM array tasks (`array_build`) each run their share in a pool of processes.
 """
 
 import multiprocessing
@@ -14,11 +18,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Executor as FuturesPool
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.process import BaseProcess
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from data_prep.errors import UserError
 
@@ -36,7 +41,7 @@ class Executor(Protocol):
     """Runs independent tasks somewhere."""
 
     def run(self, task: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Run a task on every item of this executor's share.
+        """Run a task on every item.
 
         Args:
             task: picklable function; its effects must be idempotent and atomic.
@@ -51,12 +56,41 @@ class Executor(Protocol):
         ...
 
 
+def run_in_pool(
+    pool: FuturesPool,
+    num_workers: int,
+    task: Callable[[Item], Result],
+    items: Iterable[Item],
+    pending: set[Future[Any]],
+) -> Iterator[Result]:
+    """Run a task on every item; at most two items a worker are handed out ahead.
+
+    So neither the items nor the results of a large corpus are ever in memory at once.
+
+    Args:
+        pool: any pool of `concurrent.futures`.
+        num_workers: its workers.
+        task: picklable function.
+        items: what to call it with; drawn only as workers need them.
+        pending: filled with what is handed out, for those who have to clear up after an error.
+
+    Yields:
+        The results in order of completion.
+    """
+    remaining = iter(items)
+    pending |= {pool.submit(task, item) for item in islice(remaining, 2 * num_workers)}
+    while pending:
+        done = wait(pending, return_when=FIRST_COMPLETED).done
+        pending -= done
+        pending |= {pool.submit(task, item) for item in islice(remaining, len(done))}
+        yield from (future.result() for future in done)
+
+
 class ProcessExecutor:
     """A pool of fresh processes on this machine.
 
     Processes are spawned, not forked: the parent may hold threads (a progress bar), and forking
-    those is how programs hang. At most two items a worker are handed out ahead, so that memory
-    does not depend on the number of items.
+    those is how programs hang.
 
     Args:
         num_workers: processes that work at the same time.
@@ -75,13 +109,8 @@ class ProcessExecutor:
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_die_with_parent,
         )
-        remaining = iter(items)
         try:
-            pending = {pool.submit(task, i) for i in islice(remaining, 2 * self._num_workers)}
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                pending |= {pool.submit(task, i) for i in islice(remaining, len(done))}
-                yield from (future.result() for future in done)
+            yield from run_in_pool(pool, self._num_workers, task, items, set())
         except BaseException as error:
             # Results are atomic files, so nothing is lost by not waiting for the rest; an unkilled
             # worker would keep the interpreter from ending.

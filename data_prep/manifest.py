@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,7 +236,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         path: the file.
         content: its new bytes.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     with partial.open("wb") as file:
         file.write(content)
         file.flush()

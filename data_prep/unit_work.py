@@ -2,18 +2,21 @@
 
     WORK/unit-000012/shard-00000.tokens.npy ...    as in a dataset; numbered within the unit
     WORK/unit-000012/dropped.jsonl                 every input that gave no document, and why
-    WORK/unit-000012/done.json                     `UnitMark`: written last, holds all hashes
+    WORK/unit-000012/done.json                     `UnitMark`: all hashes
 
 `build_unit` is what a worker runs. It depends on the unit and the job alone; called again it finds
-the mark, checks the files against it and does nothing, or starts the unit over. That one property
-makes a build the same for any number of workers and after any number of kills.
+the mark, checks the files against it and does nothing, or starts the unit over. The folder is
+filled under another name (`partial_folders`), so two workers can have the same unit. That makes a
+build the same for any number of workers, after any number of kills.
 """
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,15 +24,14 @@ from typing import TextIO
 
 from data_prep.cleaning import CleaningOptions, clean_document
 from data_prep.documents import Document, ReadOptions, Unit, read_unit
-from data_prep.errors import UserError
 from data_prep.manifest import (
     ShardInfo,
     Split,
     shard_from_json,
-    sync_folder,
     write_atomically,
 )
 from data_prep.npy_files import hash_blocks
+from data_prep.partial_folders import disk_errors, partial_folder, publish_folder
 from data_prep.read_report import ReadReport
 from data_prep.shard_writer import ShardWriter
 from data_prep.tokenizer import Tokenizer
@@ -37,6 +39,11 @@ from data_prep.word_encoding import BATCH_CHARACTERS, BulkEncoder
 
 DROPPED_NAME = "dropped.jsonl"
 MARK_NAME = "done.json"
+
+
+def unit_folder_name(unit_index: int) -> str:
+    """Name of the folder of one unit, by its place in the plan."""
+    return f"unit-{unit_index:06d}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class UnitJob:
 
     def folder(self, unit_index: int) -> Path:
         """Folder of one unit."""
-        return self.work / f"unit-{unit_index:06d}"
+        return self.work / unit_folder_name(unit_index)
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,24 @@ class UnitMark:
             return False
 
 
-def build_unit(job: UnitJob, unit: Unit) -> UnitMark:
+@dataclass(frozen=True)
+class UnitDone:
+    """What a worker tells about a unit: a few numbers, however large the unit was.
+
+    Args:
+        index: place of the unit in the plan.
+        input_bytes: bytes of input that it stands for.
+        num_tokens: tokens in its shards.
+        worker: process and host that made it; empty if an earlier run had.
+    """
+
+    index: int
+    input_bytes: int
+    num_tokens: int
+    worker: str
+
+
+def build_unit(job: UnitJob, unit: Unit) -> UnitDone:
     """Make the shards of one unit, unless they are there already.
 
     Args:
@@ -124,34 +148,28 @@ def build_unit(job: UnitJob, unit: Unit) -> UnitMark:
         unit: what to read.
 
     Returns:
-        The mark, which is also on disk.
+        What was done; the mark is on disk.
 
     Raises:
         UserError: an input cannot be read or has changed, or the disk is full.
     """
     folder = job.folder(unit.index)
-    mark = UnitMark.load(folder)
-    if mark is not None and mark.fits(folder):
-        return mark
-    shutil.rmtree(folder, ignore_errors=True)
-    with disk_errors(folder):
-        folder.mkdir(parents=True)
-        mark = _write_unit(job, unit, folder)
-        mark.save(folder)
-        sync_folder(job.work)
+    mark, worker = UnitMark.load(folder), ""
+    if mark is None or not mark.fits(folder):
+        with disk_errors(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            mark = _make_unit(job, unit, folder)
+        worker = f"process {os.getpid()} on {socket.gethostname()}"
+    num_tokens = sum(shard.num_tokens for shard in mark.shards)
+    return UnitDone(unit.index, mark.input_bytes, num_tokens, worker)
+
+
+def _make_unit(job: UnitJob, unit: Unit, folder: Path) -> UnitMark:
+    with partial_folder(job.work, folder.name) as partial:
+        mark = _write_unit(job, unit, partial)
+        mark.save(partial)
+        publish_folder(partial, folder)
     return mark
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses into a message for people."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); make room or choose another "
-            f"--output. Finished units are kept: the same command continues"
-        ) from error
 
 
 def _write_unit(job: UnitJob, unit: Unit, folder: Path) -> UnitMark:

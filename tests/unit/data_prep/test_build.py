@@ -95,7 +95,7 @@ def test_shards_hold_one_source_and_one_split(tiny_dataset, tiny_corpus):
 def test_a_full_shard_takes_no_further_document(
     tiny_corpus, tiny_tokenizer, tmp_path, inline_executor, monkeypatch
 ):
-    monkeypatch.setattr("data_prep.build.JOIN_BELOW_TOKENS", 1)
+    monkeypatch.setattr("data_prep.build_steps.JOIN_BELOW_TOKENS", 1)
     options = replace(OPTIONS, shard_tokens=500, unit_bytes=10**6)
     source = [str(tiny_corpus / "a.jsonl")]
     build(source, tiny_tokenizer, tmp_path / "small", options, inline_executor)
@@ -224,7 +224,6 @@ def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"content")
     link_or_copy(tmp_path / "a", tmp_path / "linked")
     assert (tmp_path / "linked").stat().st_ino == (tmp_path / "a").stat().st_ino
-    link_or_copy(tmp_path / "a", tmp_path / "linked")
 
     def no_links(self, target):
         raise PermissionError(1, "Operation not permitted")

@@ -75,7 +75,7 @@ def test_a_unit_that_does_not_fit_its_mark_is_made_again(
         mark = (unit / "done.json").read_bytes()
         (unit / "done.json").write_bytes(mark[: len(mark) // 2])
     else:
-        (output / "shard-00000.tokens.npy.123.partial").write_bytes(b"x")
+        (output / ".work" / "dataset.elsewhere.17.partial").mkdir()
         (output / "shard-00000.tokens.npy").write_bytes(b"y")
         (output / "manifest.json").write_bytes(b"{}")
     build(sources, tiny_tokenizer, output, OPTIONS, inline_executor)
@@ -181,9 +181,9 @@ def test_a_full_disk_is_told_and_the_build_goes_on(
     arguments = ([str(tmp_path / "a.jsonl")], tiny_tokenizer, tmp_path / "d", BuildOptions())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # Enough for the tokenizer, not for the tokens.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))
     try:
-        with pytest.raises(UserError, match=r"cannot be written \(File too large\); make room"):
+        with pytest.raises(UserError, match=r"unit-000000: cannot be written \(File too large\)"):
             build(*arguments, inline_executor)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
