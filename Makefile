@@ -54,7 +54,7 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest tests/faults --faults-table tests/faults/results/faults.md
+	$(BIN)/python -m pytest tests/faults --seeds 20 --faults-table tests/faults/results/faults.md
 	$(BIN)/python -m pytest -m faults tests/distributed
 
 soak: $(STAMP)

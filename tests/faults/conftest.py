@@ -15,6 +15,9 @@ _NOTES = pytest.StashKey[list[tuple[int, str, str]]]()
 
 def pytest_addoption(parser):
     parser.addoption("--faults-table", help="write the fault matrix to this .md file and a .json")
+    parser.addoption(
+        "--seeds", type=int, default=1, help="random kills of preparation under each executor"
+    )
 
 
 def pytest_configure(config):

@@ -8,7 +8,7 @@ from tests.faults.rows import ROWS, Showing, missing_rows, write_table
 
 def rows_in_source(folder):
     """Numbers in `pytest.mark.row(...)` of all test files."""
-    texts = (path.read_text() for path in folder.glob("test_*.py"))
+    texts = (path.read_text() for path in folder.rglob("test_*.py"))
     marks = (mark for text in texts for mark in re.findall(r"mark\.row\(([\d, ]+)\)", text))
     return {int(number) for mark in marks for number in mark.split(",")}
 
