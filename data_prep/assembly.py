@@ -30,11 +30,13 @@ from data_prep.manifest import (
 from data_prep.npy_files import hash_blocks
 from data_prep.shard_writer import ShardWriter
 from data_prep.shards import ShardReader
-from data_prep.unit_work import DROPPED_NAME, UnitMark
+from data_prep.unit_work import DROPPED_NAME
 
 JOIN_BELOW_TOKENS = 2**22
 """A shard of fewer tokens (16 MiB) is joined with its successors until they reach this size."""
 _COPY_TOKENS = 2**20
+FinishedUnit = tuple[Path, tuple[ShardInfo, ...]]
+"""Folder of a unit, and its shards in the order in which they were begun."""
 
 
 @dataclass
@@ -51,12 +53,12 @@ class _Group:
 
 
 def group_shards(
-    units: Iterable[tuple[Path, UnitMark]], join_below: int
+    units: Iterable[FinishedUnit], join_below: int
 ) -> list[list[tuple[Path, ShardInfo]]]:
     """Decide which shards of units become which shards of the dataset.
 
     Args:
-        units: folder and mark of every unit, in unit order.
+        units: folder and shards of every unit, in unit order.
         join_below: shards of fewer tokens are joined.
 
     Returns:
@@ -64,8 +66,8 @@ def group_shards(
     """
     groups: list[_Group] = []
     open_groups: dict[tuple[str, Split], _Group] = {}
-    for folder, mark in units:
-        for info in mark.shards:
+    for folder, shards in units:
+        for info in shards:
             key = (info.source, info.split)
             is_big = info.num_tokens >= join_below
             group = None if is_big else open_groups.get(key)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data_prep.assembly import (
     JOIN_BELOW_TOKENS,
+    FinishedUnit,
     copy_folder,
     group_shards,
     join_drop_logs,
@@ -135,11 +136,12 @@ class PlannedBuild:
         Raises:
             UserError: too much is malformed, nothing is left, a unit is gone, the disk is full.
         """
-        self._refuse_malformed(job)
+        shards, found = self._collect(job)
+        self._refuse_malformed(found)
         with disk_errors(self.output):
-            manifest, fingerprint, reading = self._assemble(job)
+            manifest, fingerprint = self._assemble(job, shards, found)
         seconds = time.monotonic() - self.began
-        reading = self.reading + reading
+        reading = self.reading + found
         return BuildReport(
             self.output, fingerprint, manifest, reading, resumed, seconds, units_of_worker
         )
@@ -160,9 +162,24 @@ class PlannedBuild:
         seconds = time.monotonic() - self.began
         return BuildReport(self.output, fingerprint, manifest, None, 0, seconds)
 
-    def _refuse_malformed(self, job: UnitJob) -> None:
+    def _collect(self, job: UnitJob) -> tuple[list[FinishedUnit], ReadReport]:
+        """Read the marks, one at a time: only what the manifest needs stays in memory."""
+        shards: list[FinishedUnit] = []
+        reading = ReadReport()
+        for unit in self.units:
+            folder = job.folder(unit.index)
+            mark = UnitMark.load(folder)
+            if mark is None:
+                raise UserError(
+                    f"{folder}: the unit was finished and is gone or damaged; run the same "
+                    f"command again to make it once more"
+                )
+            shards.append((folder, mark.shards))
+            reading.add(mark.report)
+        return shards, reading
+
+    def _refuse_malformed(self, reading: ReadReport) -> None:
         """Stop before a dataset is published that lacks more than its maker may expect."""
-        reading = sum((_finished_mark(job, unit).report for unit in self.units), ReadReport())
         malformed, limit = sum(reading.malformed.values()), self.max_malformed
         if reading.documents and malformed > limit * (reading.documents + malformed):
             counts = ", ".join(f"{reason} {count:,}" for reason, count in reading.malformed.items())
@@ -174,11 +191,11 @@ class PlannedBuild:
                 f"--output; or allow more: finished units are kept, and the same command continues"
             )
 
-    def _assemble(self, job: UnitJob) -> tuple[Manifest, str, ReadReport]:
+    def _assemble(
+        self, job: UnitJob, units: list[FinishedUnit], reading: ReadReport
+    ) -> tuple[Manifest, str]:
         """Number the shards and write everything that stands beside them, the manifest last."""
-        marks = [(job.folder(unit.index), _finished_mark(job, unit)) for unit in self.units]
-        reading = sum((mark.report for _, mark in marks), ReadReport())
-        groups = group_shards(marks, JOIN_BELOW_TOKENS)
+        groups = group_shards(units, JOIN_BELOW_TOKENS)
         if not groups:
             shutil.rmtree(job.work, ignore_errors=True)
             reasons = ", ".join(f"{reason} {count}" for reason, count in reading.dropped.items())
@@ -188,7 +205,7 @@ class PlannedBuild:
             )
         with partial_folder(job.work, "dataset") as partial:
             shards = tuple(place_shard(parts, partial, n) for n, parts in enumerate(groups))
-            drop_log = join_drop_logs([folder for folder, _ in marks], partial)
+            drop_log = join_drop_logs([folder for folder, _ in units], partial)
             tokenizer_files = copy_folder(job.tokenizer, partial / TOKENIZER_FOLDER)
             manifest = Manifest(
                 vocab_size=self.tokenizer.vocab_size,
@@ -204,7 +221,7 @@ class PlannedBuild:
             )
             fingerprint = manifest.save(partial)
             publish_dataset(partial, self.output)
-        return manifest, fingerprint, reading
+        return manifest, fingerprint
 
 
 def plan_build(
@@ -251,14 +268,3 @@ def _check_apart(sources: Sequence[str], output: Path) -> None:
                 f"--output {output} lies inside the source {source}, so that the dataset would "
                 f"become its own input; choose an --output outside"
             )
-
-
-def _finished_mark(job: UnitJob, unit: Unit) -> UnitMark:
-    folder = job.folder(unit.index)
-    mark = UnitMark.load(folder)
-    if mark is None:
-        raise UserError(
-            f"{folder}: the unit was finished and is gone or damaged; run the same command again "
-            f"to make it once more"
-        )
-    return mark

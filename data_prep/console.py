@@ -189,7 +189,7 @@ def print_build(report: BuildReport) -> None:
     """The end report of a build."""
     manifest = report.manifest
     if report.reading is None:
-        write_line(f"{report.folder} is already complete; nothing was done.")
+        write_line(f"{report.folder} is complete already; nothing is left to do.")
     rows = [
         (split, documents, tokens, text_bytes, text_bytes / tokens)
         for split in ("train", "heldout")

@@ -86,18 +86,26 @@ class ReadReport:
             known = files.setdefault(file, [])
             known.extend(cases[: EXAMPLES_PER_FILE - len(known)])
 
-    def __add__(self, other: "ReadReport") -> "ReadReport":
-        total = ReadReport.from_dict(self.to_dict())
-        total.files += other.files
-        total.documents += other.documents
-        total.blank_lines += other.blank_lines
-        total.text_bytes += other.text_bytes
-        for counts, more in ((total.dropped, other.dropped), (total.notes, other.notes)):
+    def add(self, other: "ReadReport") -> None:
+        """Count what another report counts, too; its examples come behind those that are here.
+
+        Args:
+            other: The report of what was read after this.
+        """
+        self.files += other.files
+        self.documents += other.documents
+        self.blank_lines += other.blank_lines
+        self.text_bytes += other.text_bytes
+        for counts, more in ((self.dropped, other.dropped), (self.notes, other.notes)):
             for reason, count in more.items():
                 counts[reason] = counts.get(reason, 0) + count
         for reason, files in other.examples.items():
             for file, cases in files.items():
-                total._remember(reason, file, cases)
+                self._remember(reason, file, cases)
+
+    def __add__(self, other: "ReadReport") -> "ReadReport":
+        total = ReadReport.from_dict(self.to_dict())
+        total.add(other)
         return total
 
     @property

@@ -13,9 +13,8 @@ from data_prep.build_plan import BuildOptions
 from data_prep.cleaning import CleaningOptions
 from data_prep.documents import ReadOptions
 from data_prep.manifest import Manifest, ShardInfo
-from data_prep.read_report import ReadReport
 from data_prep.shards import Dataset
-from data_prep.unit_work import UnitMark, split_of
+from data_prep.unit_work import split_of
 
 OPTIONS = BuildOptions(heldout_fraction=0.2, unit_bytes=8000)
 
@@ -111,23 +110,22 @@ def test_a_full_shard_takes_no_further_document(
     assert read_with_numpy(tmp_path / "small") == read_with_numpy(tmp_path / "large")
 
 
-def make_mark(sizes: list[tuple[str, int]]) -> UnitMark:
+def make_shards(sizes: list[tuple[str, int]]) -> tuple[ShardInfo, ...]:
     zeros = "0" * 64
-    shards = tuple(
+    return tuple(
         ShardInfo(f"shard-{n:05d}", "s", split, tokens, 1, 1, zeros, zeros, (zeros,))
         for n, (split, tokens) in enumerate(sizes)
     )
-    return UnitMark(0, shards, zeros, ReadReport())
 
 
 def test_small_shards_are_joined_and_big_ones_are_not():
-    marks = [
-        make_mark([("train", 90), ("heldout", 3)]),
-        make_mark([("train", 4), ("heldout", 3)]),
-        make_mark([("train", 80), ("heldout", 5)]),
-        make_mark([("train", 7), ("heldout", 1)]),
+    shards = [
+        make_shards([("train", 90), ("heldout", 3)]),
+        make_shards([("train", 4), ("heldout", 3)]),
+        make_shards([("train", 80), ("heldout", 5)]),
+        make_shards([("train", 7), ("heldout", 1)]),
     ]
-    units = [(Path(str(n)), mark) for n, mark in enumerate(marks)]
+    units = [(Path(str(n)), infos) for n, infos in enumerate(shards)]
     groups = [
         (parts[0][1].split, [(folder.name, info.num_tokens) for folder, info in parts])
         for parts in group_shards(units, join_below=10)

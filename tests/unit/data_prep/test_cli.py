@@ -114,7 +114,7 @@ def test_build_prints_a_report_and_json(run, tiny_corpus, tiny_tokenizer, tmp_pa
     assert values["dropped"] == {"invalid JSON": 1}
     assert values["splits"]["train"]["tokens"] == manifest.num_tokens("train")
     code, out, _ = run(*words, "--tokenizer", tiny_tokenizer)
-    assert "is already complete; nothing was done" in out
+    assert "is complete already; nothing is left to do" in out
 
 
 def test_verify_prints_rates_and_json(run, tiny_dataset):
