@@ -12,6 +12,7 @@ mpich and mpi4py come as wheels with `pip install 'deberta-pretrain[mpi]'`, mpir
 
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -69,7 +70,12 @@ def mpi_ranks() -> Iterator[MpiExecutor | None]:
     Raises:
         UserError: mpi4py or MPI is missing, or mpirun and mpi4py are of different MPIs.
     """
-    MPI, MPICommExecutor = _import_mpi()
+    try:
+        MPI, MPICommExecutor = _import_mpi()
+    except UserError as error:
+        if _num_ranks(os.environ) > 1:
+            _die_of(error)
+        raise
     world = MPI.COMM_WORLD
     refuse_foreign_launcher(world.Get_size(), os.environ)
     if world.Get_rank():
@@ -118,13 +124,12 @@ def refuse_uncounted_ranks(executor: str, environment: Mapping[str, str]) -> Non
     Raises:
         UserError: mpirun has started several; each would build the same dataset alone.
     """
-    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
-        size = environment.get(name, "")
-        if size.isdigit() and int(size) > 1:
-            raise UserError(
-                f"mpirun has started {size} processes, each with --executor {executor}: add "
-                f"--executor mpi, or leave mpirun out"
-            )
+    size = _num_ranks(environment)
+    if size > 1:
+        raise UserError(
+            f"mpirun has started {size} processes, each with --executor {executor}: add "
+            f"--executor mpi, or leave mpirun out"
+        )
 
 
 def rank_in_environment(environment: Mapping[str, str]) -> int:
@@ -138,6 +143,24 @@ def rank_in_environment(environment: Mapping[str, str]) -> int:
     """
     values = (environment.get(name, "") for name in _RANKS)
     return next((int(value) for value in values if value.isdigit()), 0)
+
+
+def _num_ranks(environment: Mapping[str, str]) -> int:
+    """Processes that mpirun has started, without asking MPI; 1 where it has not."""
+    values = (environment.get(name, "") for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    return max((int(value) for value in values if value.isdigit()), default=1)
+
+
+def _die_of(error: UserError) -> None:
+    """End this rank in a way that mpirun notices.
+
+    The others wait in MPI_Init for a rank that has not got there, for ever if it just exits. This
+    may be the only host where something is missing, so it speaks for itself.
+    """
+    assert sys.__stderr__ is not None
+    sys.__stderr__.write(f"error: {socket.gethostname()}: {error}\n")
+    sys.__stderr__.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _import_mpi() -> tuple[Any, Any]:

@@ -84,9 +84,13 @@ def build_lock(work: Path, output: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         if error.errno not in _NO_FLOCK:
-            raise
+            raise UserError(
+                f"{work / 'lock'}: cannot be locked ({error.strerror}); mend the file system, or "
+                f"choose another --output"
+            ) from error
     try:
-        write_atomically(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        with disk_errors(work):
+            write_atomically(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         lock.release()

@@ -1,6 +1,8 @@
 """Builds that are interrupted, damaged or impossible: they go on, or say why not."""
 
+import errno
 import hashlib
+import os
 import resource
 import shutil
 from dataclasses import replace
@@ -154,6 +156,24 @@ def test_two_builds_in_one_folder_are_refused_with_the_holder(
     ):
         build(*arguments)
     build(*arguments)
+
+
+def test_a_file_system_without_locks_is_built_on(
+    tiny_corpus, tiny_tokenizer, tmp_path, inline_executor, monkeypatch
+):
+    def refuse(number):
+        def flock(descriptor, operation):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+
+    arguments = ([str(tiny_corpus)], tiny_tokenizer, tmp_path / "d", OPTIONS, inline_executor)
+    refuse(errno.EIO)
+    with pytest.raises(UserError, match=r"lock: cannot be locked \(Input/output error\); mend"):
+        build(*arguments)
+    refuse(errno.ENOSYS)
+    assert build(*arguments).reading is not None
+    assert not (tmp_path / "d" / ".work").exists()
 
 
 def test_foreign_folders_are_not_written_into(

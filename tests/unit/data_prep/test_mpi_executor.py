@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -86,7 +87,7 @@ def test_without_mpi4py_it_says_how_to_get_it(monkeypatch):
 
 
 SCRIPT = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from data_prep import mpi_executor
 from data_prep.mpi_executor import mpi_ranks
@@ -105,6 +106,8 @@ def work(item):
     return item
 
 if __name__ == "__main__":
+    if "missing" in sys.argv and os.environ["PMI_RANK"] == "1":
+        sys.modules["mpi4py"] = None
     with mpi_ranks() as ranks:
         if ranks is None:
             print("served")
@@ -161,6 +164,13 @@ def test_an_error_ends_ranks_that_are_not(ranks):
     assert process.returncode == 2
     assert err.count("error: tokenizer no-such-folder cannot be read") == 1
     assert "Traceback" not in err
+
+
+def test_a_rank_without_mpi_is_not_waited_for(ranks):
+    process = ranks(3, 10, "missing")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert err.count(f"error: {socket.gethostname()}: --executor mpi needs mpi4py and") == 1
 
 
 def test_a_killed_rank_ends_the_world(ranks, tmp_path):
