@@ -168,7 +168,10 @@ def copy_folder(source: Path, target: Path) -> Iterator[FileInfo]:
     target.mkdir()
     for path in sorted(source.iterdir()):
         link_or_copy(path, target / path.name)
+        with (target / path.name).open("rb") as file:
+            os.fsync(file.fileno())
         yield describe_file(target / path.name, f"{target.name}/{path.name}")
+    sync_folder(target)
 
 
 def describe_file(path: Path, name: str) -> FileInfo:
