@@ -88,11 +88,12 @@ def build_share(
     """
     planned = plan_build(sources, tokenizer, output, options, max_malformed)
     if planned.is_complete:
-        return planned.complete_report()
+        return planned.complete_report({})
     work, report = open_work_folder(output), None
+    workers: Counter[str] = Counter()
     try:
         if not is_complete(output):
-            report = _run_share(planned, work, executor, task, on_units, on_unit_done)
+            report = _run_share(planned, work, executor, task, on_units, on_unit_done, workers)
     except (UserError, OSError):
         # Another process may have finished the dataset meanwhile, and taken the work folder away.
         if not is_complete(output):
@@ -100,7 +101,7 @@ def build_share(
     if isinstance(report, ShareReport) and not is_complete(output):
         return report
     shutil.rmtree(work, ignore_errors=True)
-    return report if isinstance(report, BuildReport) else planned.complete_report()
+    return report if isinstance(report, BuildReport) else planned.complete_report(workers)
 
 
 def _run_share(
@@ -110,33 +111,32 @@ def _run_share(
     task: ArrayTask,
     on_units: OnUnits,
     on_unit_done: OnUnitDone,
+    workers: Counter[str],
 ) -> BuildReport | ShareReport:
     shares = Shares.join(work, task)
     shares.began()
-    workers: Counter[str] = Counter()
     try:
         job = planned.start(work)
         units = shares.of_this_task(planned.units)
         remove_abandoned(work, {unit_folder_name(unit.index) for unit in units})
         on_units(units)
         for done in executor.run(partial(build_unit, job), units):
-            shares.lives()
             workers[done.worker] += 1
+            shares.lives()
             on_unit_done(done)
     except Exception as error:
         with contextlib.suppress(UserError):  # most often the disk is full
             shares.failed(error)
         raise
     shares.finished()
-    resumed = workers.pop("", 0)
     unfinished = planned.unfinished(work)
     if not unfinished:
-        return planned.finish(job, resumed, dict(workers))
+        return planned.finish(job, workers)
     return ShareReport(
         folder=planned.output,
         task=task.name,
-        made_units=sum(workers.values()),
-        resumed_units=resumed,
+        made_units=workers.total() - workers[""],
+        resumed_units=workers[""],
         finished_units=len(planned.units) - len(unfinished),
         num_units=len(planned.units),
         unfinished=tuple(shares.describe_unfinished(unfinished)),

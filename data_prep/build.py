@@ -62,19 +62,20 @@ def build(
     """
     planned = plan_build(sources, tokenizer, output, options, max_malformed)
     if planned.is_complete:
-        return planned.complete_report()
+        return planned.complete_report({})
     work, report = open_work_folder(output), None
+    workers: Counter[str] = Counter()
     try:
         with build_lock(work, output):
             if not is_complete(output):
-                report = _run(planned, work, executor, on_units, on_unit_done)
+                report = _run(planned, work, executor, on_units, on_unit_done, workers)
     except (UserError, OSError):
         # Array tasks may have finished the dataset meanwhile, and taken the work folder away.
         if not is_complete(output):
             raise
     # Only now: NFS keeps a folder alive in which a file, such as our lock, is open.
     shutil.rmtree(work, ignore_errors=True)
-    return report or planned.complete_report()
+    return report or planned.complete_report(workers)
 
 
 def _run(
@@ -83,13 +84,12 @@ def _run(
     executor: Executor,
     on_units: OnUnits,
     on_unit_done: OnUnitDone,
+    workers: Counter[str],
 ) -> BuildReport:
     job = planned.start(work)
     remove_abandoned(work)
     on_units(planned.units)
-    workers: Counter[str] = Counter()
     for done in executor.run(partial(build_unit, job), planned.units):
         workers[done.worker] += 1
         on_unit_done(done)
-    resumed = workers.pop("", 0)
-    return planned.finish(job, resumed, dict(workers))
+    return planned.finish(job, workers)

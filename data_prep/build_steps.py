@@ -11,7 +11,7 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class BuildReport:
         folder: the dataset folder.
         fingerprint: fingerprint of the dataset.
         manifest: its manifest.
-        reading: what was read and dropped; None if the dataset was complete before.
+        reading: what was read and dropped; None if another run or process has made the dataset.
         resumed_units: units that an earlier run, or another process, had finished.
         seconds: time that this run took.
         units_of_worker: process and host -> units that it made in this run.
@@ -122,13 +122,13 @@ class PlannedBuild:
         finished = {path.name for path in work.iterdir()}
         return [unit for unit in self.units if unit_folder_name(unit.index) not in finished]
 
-    def finish(self, job: UnitJob, resumed: int, units_of_worker: dict[str, int]) -> BuildReport:
+    def finish(self, job: UnitJob, units_of_worker: Mapping[str, int]) -> BuildReport:
         """Make the dataset of finished units.
 
         Args:
             job: what `start` gave.
-            resumed: units that were there before, for the report.
-            units_of_worker: who made the others, for the report.
+            units_of_worker: who made how many units in this run, for the report; nobody ("")
+                made those that were there before.
 
         Returns:
             The report.
@@ -140,14 +140,14 @@ class PlannedBuild:
         self._refuse_malformed(found)
         with disk_errors(self.output):
             manifest, fingerprint = self._assemble(job, shards, found)
-        seconds = time.monotonic() - self.began
         reading = self.reading + found
-        return BuildReport(
-            self.output, fingerprint, manifest, reading, resumed, seconds, units_of_worker
-        )
+        return self._report(manifest, fingerprint, reading, units_of_worker)
 
-    def complete_report(self) -> BuildReport:
+    def complete_report(self, units_of_worker: Mapping[str, int]) -> BuildReport:
         """Describe the dataset that is there already.
+
+        Args:
+            units_of_worker: as in `finish`; another process may have made a dataset of them.
 
         Returns:
             The report.
@@ -159,8 +159,24 @@ class PlannedBuild:
         manifest, fingerprint = Manifest.load(self.output)
         stored = json.loads(json.dumps(asdict(manifest)))
         self.plan.refuse_other(stored, self.output, "was built")
-        seconds = time.monotonic() - self.began
-        return BuildReport(self.output, fingerprint, manifest, None, 0, seconds)
+        return self._report(manifest, fingerprint, None, units_of_worker)
+
+    def _report(
+        self,
+        manifest: Manifest,
+        fingerprint: str,
+        reading: ReadReport | None,
+        units_of_worker: Mapping[str, int],
+    ) -> BuildReport:
+        return BuildReport(
+            folder=self.output,
+            fingerprint=fingerprint,
+            manifest=manifest,
+            reading=reading,
+            resumed_units=units_of_worker.get("", 0),
+            seconds=time.monotonic() - self.began,
+            units_of_worker={name: count for name, count in units_of_worker.items() if name},
+        )
 
     def _collect(self, job: UnitJob) -> tuple[list[FinishedUnit], ReadReport]:
         """Read the marks, one at a time: only what the manifest needs stays in memory."""

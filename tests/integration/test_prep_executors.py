@@ -94,7 +94,7 @@ def test_eight_array_tasks_at_once_and_one_of_them_twice(folder):
         assert task.returncode == 0, err
         report = json.loads(out)
         made.append(report.get("made_units", sum(report.get("units_of_worker", {}).values())))
-    assert sum(number > 0 for number in made) >= 2  # late ones find the dataset complete
+    assert sum(number > 0 for number in made) >= 8  # the second 3 may have found nothing to do
     assert contents(folder / "array") == contents(folder / "one")
 
 

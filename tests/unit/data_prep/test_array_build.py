@@ -176,9 +176,9 @@ def test_more_tasks_than_units(share, tiny_dataset, tmp_path):
     assert hashes(tmp_path / "d") == hashes(tiny_dataset)
 
 
-@pytest.mark.parametrize("whose", ["array", "processes"])
+@pytest.mark.parametrize(("whose", "done_units"), [("array", 1), ("processes", 2)])
 def test_somebody_else_finishes_the_dataset_meanwhile(
-    share, tiny_corpus, tiny_tokenizer, tiny_dataset, tmp_path, inline_executor, whose
+    share, tiny_corpus, tiny_tokenizer, tiny_dataset, tmp_path, whose, done_units
 ):
     for number in (1, 2, 3):
         share(number)
@@ -194,6 +194,7 @@ def test_somebody_else_finishes_the_dataset_meanwhile(
         arguments = (sources, tiny_tokenizer, tmp_path / "d", OPTIONS)
         report = build(*arguments, After(twin, 2))
     assert report.reading is None
+    assert report.resumed_units + sum(report.units_of_worker.values()) == done_units
     assert hashes(tmp_path / "d") == hashes(tiny_dataset)
     assert isinstance(share(0), BuildReport)
 
