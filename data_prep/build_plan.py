@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.cleaning import CleaningOptions
+from data_prep.dedup_decisions import Decisions, Duplicates
 from data_prep.documents import ReadOptions, Unit
 from data_prep.errors import UserError
 from data_prep.manifest import SourceInfo
@@ -30,12 +31,14 @@ SHARD_TOKENS = 2**27
 """Tokens from which a shard takes no further document: 512 MiB, a few seconds to hash."""
 SOFTWARE = ("deberta-pretrain", "sentencepiece", "tokenizers")
 """Distributions whose versions determine the ids or the tokenizer files."""
+_NOT_READING = ("--heldout-fraction", "--shard-tokens", "--dedup", "--duplicates")
 _MEANINGS = {
     "command": "command line (each option spelled out)",
     "software": "versions",
     "tokenizer_fingerprint": "tokenizer (sha256 of the model)",
     "sources": "bytes of the sources",
     "plan_sha256": "input files (sha256 of their names, sizes and cuts)",
+    "evaluation_sha256": "evaluation files (sha256 of their runs of words)",
 }
 
 
@@ -49,6 +52,9 @@ class BuildOptions:
         heldout_fraction: share of the documents that is held out, in [0, 0.5].
         unit_bytes: bytes of input that one unit of work aims at.
         shard_tokens: tokens from which a shard takes no further document.
+        dedup: decisions about the documents; None to keep all of them.
+        duplicates: what becomes of duplicates that `dedup` found: `drop` them, or `keep` them in
+            the split of the one that they resemble. Documents that hold evaluation text go anyway.
     """
 
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -56,6 +62,8 @@ class BuildOptions:
     heldout_fraction: float = 0.01
     unit_bytes: int = TARGET_BYTES
     shard_tokens: int = SHARD_TOKENS
+    dedup: Decisions | None = None
+    duplicates: Duplicates = "drop"
 
     def __post_init__(self) -> None:
         if not 0 <= self.heldout_fraction <= 0.5:
@@ -77,7 +85,16 @@ class BuildOptions:
             "unit-bytes": self.unit_bytes,
             "shard-tokens": self.shard_tokens,
         }
+        if self.dedup is not None:
+            # Not the folder's name: what determines the bytes is what it holds.
+            values |= {"dedup": self.dedup.fingerprint, "duplicates": self.duplicates}
         return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+    def reading_words(self) -> list[str]:
+        """Those of `words` that decide which documents there are, and in which unit."""
+        words = self.words()
+        pairs = zip(words[::2], words[1::2], strict=True)
+        return [word for pair in pairs if pair[0] not in _NOT_READING for word in pair]
 
 
 @dataclass(frozen=True)
@@ -118,18 +135,21 @@ class BuildPlan:
 
         Returns:
             The plan.
+
+        Raises:
+            UserError: the decisions of a deduplication are about another input.
         """
         words = ["deberta-prep", "build", *sources, "--tokenizer", str(tokenizer_path)]
-        input_bytes = dict.fromkeys(sources, 0)
-        for unit in units:
-            input_bytes[unit.source] += unit.num_bytes
-        listing = json.dumps([unit.to_dict() for unit in units])
+        source_infos, plan_sha256 = describe_input(sources, units)
+        if options.dedup is not None:
+            reading = shlex.join(options.reading_words())
+            options.dedup.refuse_other_input(source_infos, plan_sha256, reading)
         return cls(
             command=shlex.join([*words, *options.words()]),
             software={name: version_of(name) for name in SOFTWARE},
             tokenizer_fingerprint=tokenizer.fingerprint,
-            sources=tuple(SourceInfo(name, count) for name, count in input_bytes.items()),
-            plan_sha256=hashlib.sha256(listing.encode()).hexdigest(),
+            sources=source_infos,
+            plan_sha256=plan_sha256,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,17 +167,54 @@ class BuildPlan:
         Raises:
             UserError: they differ; the message says in what.
         """
-        lines = [
-            f"  {_MEANINGS[key]}\n    then: {stored.get(key)}\n    now:  {value}"
-            for key, value in self.to_dict().items()
-            if stored.get(key) != value
-        ]
-        if lines:
-            raise UserError(
-                f"{output} {state} from something else:\n" + "\n".join(lines) + "\n"
-                f"Choose another --output, delete {output} to start afresh, or repeat the command "
-                f"and the input of then"
-            )
+        refuse_difference(self.to_dict(), stored, output, state)
+
+
+def describe_input(
+    sources: Sequence[str], units: Sequence[Unit]
+) -> tuple[tuple[SourceInfo, ...], str]:
+    """Describe what is read.
+
+    Args:
+        sources: as the user named them.
+        units: what they were divided into.
+
+    Returns:
+        The sources with their sizes, and the sha256 of the list of units.
+    """
+    input_bytes = dict.fromkeys(sources, 0)
+    for unit in units:
+        input_bytes[unit.source] += unit.num_bytes
+    listing = json.dumps([unit.to_dict() for unit in units])
+    infos = tuple(SourceInfo(name, count) for name, count in input_bytes.items())
+    return infos, hashlib.sha256(listing.encode()).hexdigest()
+
+
+def refuse_difference(
+    now: dict[str, Any], stored: dict[str, Any], output: Path, state: str
+) -> None:
+    """Refuse to go on in a folder that was begun with something else.
+
+    Args:
+        now: what is to be made: values that JSON gives back unchanged.
+        stored: what the folder holds.
+        output: the folder.
+        state: what happened to the folder, for the message.
+
+    Raises:
+        UserError: they differ; the message says in what.
+    """
+    lines = [
+        f"  {_MEANINGS.get(key, key)}\n    then: {stored.get(key)}\n    now:  {value}"
+        for key, value in now.items()
+        if stored.get(key) != value
+    ]
+    if lines:
+        raise UserError(
+            f"{output} {state} from something else:\n" + "\n".join(lines) + "\n"
+            f"Choose another --output, delete {output} to start afresh, or repeat the command "
+            f"and the input of then"
+        )
 
 
 def version_of(distribution: str) -> str:

@@ -108,6 +108,8 @@ class PlannedBuild:
             cleaning_options=self.options.cleaning,
             heldout_fraction=self.options.heldout_fraction,
             shard_tokens=self.options.shard_tokens,
+            dedup=None if self.options.dedup is None else self.options.dedup.folder.resolve(),
+            duplicates=self.options.duplicates,
         )
 
     def unfinished(self, work: Path) -> list[Unit]:

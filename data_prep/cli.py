@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext, redirect_stderr
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,8 @@ from data_prep.build import build as run_build
 from data_prep.build_plan import SHARD_TOKENS, BuildOptions
 from data_prep.build_steps import BuildReport
 from data_prep.cleaning import CleaningOptions
+from data_prep.commands_dedup import dedup_command
+from data_prep.dedup_decisions import Decisions, Duplicates
 from data_prep.documents import ACCEPTED, ReadOptions, ReadReport
 from data_prep.errors import UserError
 from data_prep.executor_choice import ExecutorName, open_executor
@@ -31,8 +34,6 @@ from data_prep.source_units import TARGET_BYTES
 from data_prep.stats import dataset_stats
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify as run_verify
-
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     help="Prepare text for pre-training: train a tokenizer, build a dataset, check and inspect it.",
@@ -56,6 +57,12 @@ TxtDocumentOption = Annotated[
 ]
 MaxDocumentBytesOption = Annotated[
     int, typer.Option(help="Longer lines and rows are dropped; bounds the memory of a worker.")
+]
+DedupOption = Annotated[
+    Path | None, typer.Option(help="Folder of decisions that `deberta-prep dedup` made.")
+]
+DuplicatesOption = Annotated[
+    Duplicates, typer.Option(help="With --dedup: keep them in one split with the first.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -133,6 +140,8 @@ def build(
     max_malformed: Annotated[
         float, typer.Option(help="Share of malformed inputs above which the build stops.")
     ] = MAX_MALFORMED,
+    dedup: DedupOption = None,
+    duplicates: DuplicatesOption = "drop",
     as_json: JsonOption = False,
 ) -> None:
     """Turn text into a dataset of token shards; run again after an interruption to continue.
@@ -160,22 +169,21 @@ def build(
         heldout_fraction=heldout_fraction,
         unit_bytes=unit_bytes,
         shard_tokens=shard_tokens,
+        duplicates=duplicates,
     )
     task = ArrayTask.from_environment(os.environ) if executor == "slurm-array" else None
     with open_executor(executor, workers) as pool:
         if pool is None:
             return
-        try:
-            with console.BuildProgress() as progress:
-                words = (sources, tokenizer, output, options, pool)
-                hooks = (progress.start, progress.advance, max_malformed)
-                if task is None:
-                    report = run_build(*words, *hooks)
-                else:
-                    report = build_share(*words, task, *hooks)
-        except KeyboardInterrupt:
-            typer.echo(f"interrupted; run the same command to go on with {output}", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+        if dedup is not None:
+            options = replace(options, dedup=Decisions.open(dedup))
+        with console.until_interrupted(output), console.BuildProgress() as progress:
+            words = (sources, tokenizer, output, options, pool)
+            hooks = (progress.start, progress.advance, max_malformed)
+            if task is None:
+                report = run_build(*words, *hooks)
+            else:
+                report = build_share(*words, task, *hooks)
         _print_build(report, as_json)
 
 
@@ -189,6 +197,9 @@ def _print_build(report: BuildReport | ShareReport, as_json: bool) -> None:
         _print_json(console.build_values(report))
     else:
         console.print_build(report)
+
+
+app.command("dedup")(dedup_command)
 
 
 @app.command()

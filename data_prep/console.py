@@ -7,9 +7,13 @@ a file) it is a plain line now and then. rich is imported when something is prin
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+import typer
 
 from data_prep.array_build import ShareReport
 from data_prep.build_steps import BuildReport
@@ -18,6 +22,7 @@ from data_prep.stats import GroupStats
 from data_prep.unit_work import DROPPED_NAME, UnitDone
 from data_prep.verify import VerifyReport
 
+EXIT_INTERRUPTED = 130
 _LINE_SECONDS = 10.0
 _TINY_SHARD_TOKENS = 2**18
 _MANY_SHARDS = 100
@@ -94,6 +99,23 @@ def _bar() -> Any:
         TextColumn("{task.fields[tokens]}"),
         console=Console(stderr=True),
     )
+
+
+@contextmanager
+def until_interrupted(output: Path) -> Iterator[None]:
+    """End in one line after Ctrl-C, for the body of a `with` that can be continued.
+
+    Args:
+        output: what the same command goes on with.
+
+    Raises:
+        typer.Exit: with exit code 130, in the place of KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted; run the same command to go on with {output}\n")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def write_line(text: str = "") -> None:
@@ -180,7 +202,7 @@ def print_share(report: ShareReport) -> None:
     if len(report.unfinished) > _MAX_EXAMPLES:
         write_line(f"  ... and {len(report.unfinished) - _MAX_EXAMPLES} more tasks")
     write_line(
-        "the last task to finish makes the dataset; submit those that have failed once more, or "
+        "the last task to finish does what remains; submit those that have failed once more, or "
         "run the same command with --executor processes to do the rest"
     )
 

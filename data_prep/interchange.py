@@ -33,8 +33,9 @@ from data_prep.manifest import (
 )
 from data_prep.megatron_files import MegatronReader, MegatronWriter
 from data_prep.shards import Dataset, ShardReader
+from data_prep.splits import split_digest, split_of
 from data_prep.tokenizer import MODEL_FILE, Tokenizer
-from data_prep.unit_work import DROPPED_NAME, UnitShards, split_of
+from data_prep.unit_work import DROPPED_NAME, UnitShards
 
 _TOKENS_AT_ONCE = 1 << 22
 
@@ -226,7 +227,7 @@ class _Import:
                     self._num_empty += 1
                     continue
                 text = self._tokenizer.decode(ids).encode()
-                writer = shards.writer(split_of(text, self._heldout_fraction))
+                writer = shards.writer(split_of(split_digest(text), self._heldout_fraction))
                 writer.write(ids)
                 writer.end_document(len(text))
             self._parts += [(work, info) for info in shards.finish()]

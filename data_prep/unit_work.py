@@ -10,7 +10,6 @@ filled under another name (`partial_folders`), so two workers can have the same 
 build the same for any number of workers, after any number of kills.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,9 +19,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from data_prep.cleaning import CleaningOptions, clean_document
+from data_prep.dedup_decisions import OVERLAP, REASONS, Decisions, Duplicates
 from data_prep.documents import Document, ReadOptions, Unit, read_unit
 from data_prep.manifest import (
     ShardInfo,
@@ -34,6 +34,7 @@ from data_prep.npy_files import hash_blocks
 from data_prep.partial_folders import disk_errors, partial_folder, publish_folder
 from data_prep.read_report import ReadReport
 from data_prep.shard_writer import ShardWriter
+from data_prep.splits import split_digest, split_of
 from data_prep.tokenizer import Tokenizer
 from data_prep.word_encoding import BATCH_CHARACTERS, BulkEncoder
 
@@ -57,6 +58,8 @@ class UnitJob:
         cleaning_options: which documents are kept.
         heldout_fraction: share of the documents that goes to the split `heldout`, in [0, 1).
         shard_tokens: a shard that holds this many tokens takes no further document.
+        dedup: folder of the decisions about duplicates; None if there are none.
+        duplicates: whether to drop the duplicates, or to keep them in the split of the first.
     """
 
     work: Path
@@ -65,6 +68,8 @@ class UnitJob:
     cleaning_options: CleaningOptions
     heldout_fraction: float
     shard_tokens: int
+    dedup: Path | None = None
+    duplicates: Duplicates = "drop"
 
     def folder(self, unit_index: int) -> Path:
         """Folder of one unit."""
@@ -179,26 +184,48 @@ def _write_unit(job: UnitJob, unit: Unit, folder: Path) -> UnitMark:
         report = DropLog(log)
         shards = stack.enter_context(UnitShards(folder, unit.source, job.shard_tokens))
         for documents in _in_batches(_kept_documents(job, unit, report)):
-            _write_documents(documents, job.heldout_fraction, encoder, shards, report)
+            _write_documents(documents, encoder, shards, report)
         infos = shards.finish()
     plain_report = ReadReport.from_dict(report.to_dict())
     return UnitMark(unit.num_bytes, infos, _sha256(folder / DROPPED_NAME), plain_report)
 
 
-def _kept_documents(job: UnitJob, unit: Unit, report: ReadReport) -> Iterator[Document]:
+class _Kept(NamedTuple):
+    document: Document
+    num_bytes: int
+    split: Split
+
+
+def _kept_documents(job: UnitJob, unit: Unit, report: ReadReport) -> Iterator[_Kept]:
+    """The documents that neither cleaning nor a deduplication drops, with their splits."""
+    decisions = None if job.dedup is None else Decisions.read(job.dedup).of_unit(unit.index)
     for document in read_unit(unit, job.read_options, report):
         kept = clean_document(document, job.cleaning_options, report)
-        if kept is not None:
-            yield kept
+        if kept is None:
+            continue
+        text = kept.text.encode()
+        digest = split_digest(text)
+        decision = None if decisions is None else decisions.next(digest)
+        if decision is not None:
+            reason = REASONS[decision.action]
+            if decision.action == OVERLAP or job.duplicates == "drop":
+                detail = "" if decision.action == OVERLAP else f"cluster {decision.cluster}"
+                report.drop(reason, document.source, document.position, detail)
+                continue
+            report.note(reason, document.source, document.position)
+            digest = decision.split
+        yield _Kept(kept, len(text), split_of(digest, job.heldout_fraction))
+    if decisions is not None:
+        decisions.finish(f"unit {unit.index} ({unit.parts[0].path} ...)")
 
 
-def _in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _in_batches(documents: Iterable[_Kept]) -> Iterator[list[_Kept]]:
     """As many documents as are encoded at a time; one document may be as long as it likes."""
-    batch: list[Document] = []
+    batch: list[_Kept] = []
     size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
+    for kept in documents:
+        batch.append(kept)
+        size += len(kept.document.text)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -206,22 +233,19 @@ def _in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _write_documents(
-    documents: Sequence[Document],
-    heldout_fraction: float,
-    encoder: BulkEncoder,
-    shards: "UnitShards",
-    report: ReadReport,
+    documents: Sequence[_Kept], encoder: BulkEncoder, shards: "UnitShards", report: ReadReport
 ) -> None:
-    encoded = encoder.encode([document.text for document in documents])
+    encoded = encoder.encode([kept.document.text for kept in documents])
     start = 0
-    for document, end in zip(documents, encoded.text_ends.tolist(), strict=True):
+    for (document, num_bytes, split), end in zip(
+        documents, encoded.text_ends.tolist(), strict=True
+    ):
         if end == start:
             report.drop("no tokens", document.source, document.position)
             continue
-        text = document.text.encode()
-        writer = shards.writer(split_of(text, heldout_fraction))
+        writer = shards.writer(split)
         writer.write(encoded.ids[start:end])
-        writer.end_document(len(text))
+        writer.end_document(num_bytes)
         start = end
 
 
@@ -290,21 +314,6 @@ class UnitShards:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-
-def split_of(text: bytes, heldout_fraction: float) -> Split:
-    """The split of a document: a function of its text, so that exact copies share one.
-
-    Args:
-        text: the cleaned text as UTF-8.
-        heldout_fraction: share of the documents that is held out.
-
-    Returns:
-        `heldout` if the first 8 bytes of BLAKE2b(text), as a fraction of 2^64, lie below it.
-    """
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    is_heldout = int.from_bytes(digest, "big") < heldout_fraction * 2.0**64
-    return "heldout" if is_heldout else "train"
 
 
 @lru_cache(maxsize=1)

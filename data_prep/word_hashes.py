@@ -10,8 +10,8 @@ What counts as equal. Characters are folded one by one: case, accents and compat
 ("É" and "e" are one, "ﬁ" and other characters that fold to several stay themselves). A word is a
 run of letters, digits and marks; everything else separates. A character of a script that is written
 without spaces (Han, Kana, Thai, Lao, Khmer, Myanmar) is a word by itself. Joiners, soft hyphens and
-combining accents are passed over. The digest is of the folded characters without white space,
-punctuation included: a document of symbols has few words, but is no copy of every other.
+combining accents are passed over. The digest is of the words, and of all other characters but white
+space: a document of symbols has few words, but is no copy of every other.
 
 All hashes are functions of the text and of the version of Unicode that Python knows
 (`unicodedata.unidata_version`), nothing else. A word is the polynomial of its characters modulo
@@ -64,17 +64,18 @@ class HashedTexts(NamedTuple):
     ends_D: Ends
     """Where the words of each text end."""
     digests_D2: Hashes
-    """128 bits of each text: equal for texts of the same folded characters."""
+    """128 bits of each text: equal for texts of the same words and the same symbols."""
 
 
 class _Characters(NamedTuple):
-    folded: NDArray[np.uint32]
     kinds: NDArray[np.uint8]
+    letters: Hashes
+    """What a character folds to, as a number; 0 for one that is in no word."""
 
 
 @lru_cache(maxsize=1)
 def _characters() -> _Characters:
-    folded = np.arange(_NUM_CHARACTERS, dtype=np.uint32)
+    letters = np.arange(_NUM_CHARACTERS, dtype=np.uint64)
     kinds = np.full(_NUM_CHARACTERS, _SYMBOL, np.uint8)
     for code in range(_LETTERS_END):
         character = chr(code)
@@ -86,13 +87,14 @@ def _characters() -> _Characters:
     for first, end in _UNCHANGED:
         is_changed[first:end] = False
     for code in np.flatnonzero(is_changed).tolist():
-        folded[code] = _fold(chr(code))
+        letters[code] = _fold(chr(code))
     for first, end in _WITHOUT_SPACES:
         kinds_here = kinds[first:end]
         kinds_here[kinds_here == _LETTER] = _WHOLE_WORD
     for first, end in _JOINERS:
         kinds[first:end] = _PASSED_OVER
-    return _Characters(folded, kinds)
+    letters[kinds < _LETTER] = 0
+    return _Characters(kinds, letters)
 
 
 def _fold(character: str) -> int:
@@ -118,22 +120,29 @@ def hash_texts(texts: Sequence[str]) -> HashedTexts:
         Words, ends and digests; memory is about two bytes a byte of text, and 20 MB.
     """
     words: list[Hashes] = [np.zeros(0, np.uint64)]
-    counts_D = np.zeros(len(texts), np.int64)
-    digests_D2 = np.zeros((len(texts), 2), np.uint64)
-    hashers = {}
+    symbols: list[NDArray[np.uint32]] = [np.zeros(0, np.uint32)]
+    counts_D2 = np.zeros((len(texts), 2), np.int64)
     for numbers, chunks in _blocks(texts):
         block = _read_block(chunks)
-        words.append(block.words)
-        np.add.at(counts_D, numbers, np.diff(block.word_ends, prepend=0))
-        start = 0
-        for number, end in zip(numbers, block.visible_ends.tolist(), strict=True):
-            hasher = hashers.get(number) or hashlib.blake2b(digest_size=16)
-            hasher.update(block.visible[start:end].tobytes())
-            # Only the last text of a block can go on in the next one.
-            hashers = {number: hasher}
-            digests_D2[number] = np.frombuffer(hasher.digest(), ">u8")
-            start = end
-    return HashedTexts(np.concatenate(words), np.cumsum(counts_D), digests_D2)
+        words.append(_word_hashes(block))
+        places = np.flatnonzero(block.kinds_C == _SYMBOL)
+        symbols.append(block.codes_C[places])
+        for column, found in enumerate((block.starts_W, places)):
+            counts = np.diff(np.searchsorted(found, block.ends), prepend=0)
+            np.add.at(counts_D2[:, column], numbers, counts)
+    words_W, symbols_S = np.concatenate(words), np.concatenate(symbols)
+    ends_D, symbol_ends_D = np.cumsum(counts_D2, axis=0).T
+    digests_D2 = np.zeros((len(texts), 2), np.uint64)
+    start = symbol_start = 0
+    for row, end, symbol_end in zip(
+        digests_D2, ends_D.tolist(), symbol_ends_D.tolist(), strict=True
+    ):
+        hasher = hashlib.blake2b(words_W[start:end].tobytes(), digest_size=16)
+        hasher.update((end - start).to_bytes(8, "little"))
+        hasher.update(symbols_S[symbol_start:symbol_end].tobytes())
+        row[:] = np.frombuffer(hasher.digest(), ">u8")
+        start, symbol_start = end, symbol_end
+    return HashedTexts(words_W, np.ascontiguousarray(ends_D), digests_D2)
 
 
 def _blocks(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
@@ -154,54 +163,65 @@ def _blocks(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
 
 
 class _Block(NamedTuple):
-    words: Hashes
-    word_ends: Ends
-    visible: NDArray[np.uint32]
-    visible_ends: Ends
+    codes_C: NDArray[np.uint32]
+    kinds_C: NDArray[np.uint8]
+    starts_W: NDArray[np.intp]
+    ends: Ends
+    """Where the characters of each chunk end."""
 
 
 def _read_block(chunks: Sequence[str]) -> _Block:
-    """Words and visible characters of some chunks, and where those of each chunk end."""
-    table = _characters()
+    """Take some chunks apart into characters, and find where words start."""
     joined = "\n".join(chunks).encode("utf-32-le", "surrogatepass")
     codes_C = np.frombuffer(joined, "<u4")
     ends = np.cumsum([len(chunk) + 1 for chunk in chunks]) - 1
-    kinds_C = table.kinds.take(codes_C)
+    kinds_C = _characters().kinds.take(codes_C)
     passed_over = kinds_C == _PASSED_OVER
     if passed_over.any():
         kept = ~passed_over
         ends = _counted_before(kept, ends)
         codes_C, kinds_C = codes_C[kept], kinds_C[kept]
-    folded_C = table.folded.take(codes_C)
-    is_word_C = kinds_C >= _LETTER
-    starts_C = is_word_C.copy()
-    stands_alone_C = kinds_C == _WHOLE_WORD
+    starts_C = kinds_C >= _LETTER
     follows_letter = kinds_C[:-1] == _LETTER
-    starts_C[1:] &= stands_alone_C[1:] | ~follows_letter
-    starts_W = np.flatnonzero(starts_C)
-    is_visible_C = kinds_C != _SPACE
-    return _Block(
-        words=_word_hashes(folded_C, is_word_C, starts_W),
-        word_ends=np.searchsorted(starts_W, ends),
-        visible=folded_C[is_visible_C],
-        visible_ends=_counted_before(is_visible_C, ends),
-    )
+    if kinds_C.max(initial=0) == _WHOLE_WORD:
+        follows_letter &= kinds_C[1:] != _WHOLE_WORD
+    starts_C[1:] &= ~follows_letter
+    return _Block(codes_C, kinds_C, np.flatnonzero(starts_C), ends)
 
 
 def _counted_before(mask: NDArray[np.bool_], places: Ends) -> Ends:
     return np.append(0, np.cumsum(mask))[places]
 
 
-def _word_hashes(
-    folded_C: NDArray[np.uint32], is_word_C: NDArray[np.bool_], starts_W: NDArray[np.intp]
-) -> Hashes:
-    if not starts_W.size:
+def _word_hashes(block: _Block) -> Hashes:
+    if not block.starts_W.size:
         return np.zeros(0, np.uint64)
     # What separates words counts 0, so that a sum may run on to the start of the next word.
-    terms_C = (folded_C * is_word_C).astype(np.uint64)
+    terms_C = _characters().letters.take(block.codes_C)
     terms_C *= _powers(_BASE)[: terms_C.size]
     inverse = _powers(pow(_BASE, -1, 2**64))
-    return mix(np.add.reduceat(terms_C, starts_W) * inverse.take(starts_W))
+    return mix(np.add.reduceat(terms_C, block.starts_W) * inverse.take(block.starts_W))
+
+
+def spell_words(text: str, first: int, count: int) -> str:
+    """Some words of a text as they are compared, for people to read.
+
+    Args:
+        text: the text.
+        first: number of the first word, from 0.
+        count: how many words.
+
+    Returns:
+        The folded words with single spaces between them.
+    """
+    words: list[str] = []
+    for chunk in split_long(text):
+        block = _read_block([chunk])
+        pieces = np.split(_characters().letters.take(block.codes_C), block.starts_W)
+        words += ("".join(map(chr, piece[piece > 0].tolist())) for piece in pieces[1:])
+        if len(words) >= first + count:
+            break
+    return " ".join(words[first : first + count])
 
 
 def mix(values: Hashes) -> Hashes:

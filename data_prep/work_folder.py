@@ -61,6 +61,10 @@ def open_work_folder(output: Path) -> Path:
     return work
 
 
+class BusyError(UserError):
+    """Somebody else is at work in the folder."""
+
+
 @contextmanager
 def build_lock(work: Path, output: Path) -> Iterator[None]:
     """Keep a second build out of the folder while this one is at work.
@@ -70,7 +74,7 @@ def build_lock(work: Path, output: Path) -> Iterator[None]:
         output: the dataset folder, for the message.
 
     Raises:
-        UserError: somebody else builds here; the message says who.
+        BusyError: somebody else builds here; the message says who.
     """
     # Where flock is missing, a lock file that stays behind after a crash would keep all out.
     lock = FileLock(work / "lock", fallback_to_soft=False)
@@ -79,7 +83,7 @@ def build_lock(work: Path, output: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         who = holder.read_text() if holder.is_file() else "another process"
-        raise UserError(
+        raise BusyError(
             f"{output} is being built by {who}; wait for it, stop it, or choose another --output"
         ) from error
     except OSError as error:

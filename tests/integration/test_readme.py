@@ -10,6 +10,7 @@ import pytest
 from tests.worlds import ROOT, environment
 
 MODULES = {"deberta": "pipeline.cli", "deberta-prep": "data_prep"}
+PREPARATION = ("train-tokenizer", "dedup", "build", "verify", "stats")
 
 
 def block_after(heading):
@@ -37,15 +38,19 @@ def test_from_own_text_to_own_model(
             for i in range(start, start + 20)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "evaluation").mkdir()
+    question = " ".join(f"word{n}" for n in range(20))
+    (tmp_path / "evaluation" / "questions.jsonl").write_text(f'{{"text": "{question}"}}\n')
     commands = block_after("From own text to own model on one GPU")
     assert [line.split()[0:2] for line in commands] == [
-        *(["deberta-prep", verb] for verb in ("train-tokenizer", "build", "verify", "stats")),
+        *(["deberta-prep", verb] for verb in PREPARATION),
         *(["deberta", verb] for verb in ("train", "train", "export", "evaluate", "evaluate")),
     ]
     for line in commands:
         words = [substitutes.get(word, word) for word in shlex.split(line)]
         # One document a line: eight speeches are too few documents to hold any out.
-        extra = ["--txt-document", "line", "--heldout-fraction", "0.1"] if "build" in words else []
+        extra = ["--txt-document", "line"] if {"dedup", "build"} & set(words) else []
+        extra += ["--heldout-fraction", "0.1"] if "build" in words else []
         extra += (
             ["--max-length", "32"] if "--train" in words else []
         )  # the tiny model's limit is 64

@@ -14,7 +14,7 @@ from data_prep.cleaning import CleaningOptions
 from data_prep.documents import ReadOptions
 from data_prep.manifest import Manifest, ShardInfo
 from data_prep.shards import Dataset
-from data_prep.unit_work import split_of
+from data_prep.splits import split_digest, split_of
 
 OPTIONS = BuildOptions(heldout_fraction=0.2, unit_bytes=8000)
 
@@ -185,12 +185,12 @@ def test_long_documents_are_encoded_in_chunks(tiny_tokenizer, tmp_path, inline_e
 
 
 def test_copies_of_a_document_share_a_split():
-    texts = [f"document {n}".encode() for n in range(4000)]
-    splits = [split_of(text, 0.25) for text in texts]
-    assert splits == [split_of(bytes(text), 0.25) for text in texts]
+    digests = [split_digest(f"document {n}".encode()) for n in range(4000)]
+    splits = [split_of(digest, 0.25) for digest in digests]
+    assert digests == [split_digest(f"document {n}".encode()) for n in range(4000)]
     # Four standard deviations of a binomial law.
     assert abs(splits.count("heldout") - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
-    assert {split_of(text, 0.0) for text in texts} == {"train"}
+    assert {split_of(digest, 0.0) for digest in digests} == {"train"}
 
 
 def test_options_reach_the_reader(tiny_tokenizer, tmp_path, inline_executor, texts):

@@ -18,7 +18,7 @@ from data_prep.manifest import Manifest
 from data_prep.read_report import ReadReport
 from data_prep.tokenizer import Tokenizer
 
-COMMANDS = ["train-tokenizer", "build", "verify", "show", "stats"]
+COMMANDS = ["train-tokenizer", "build", "dedup", "verify", "show", "stats"]
 
 
 @pytest.fixture

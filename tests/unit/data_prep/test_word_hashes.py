@@ -122,11 +122,11 @@ def test_long_texts_are_read_in_chunks(monkeypatch):
 
 
 def test_digests_ignore_white_space_and_case_but_not_symbols():
-    texts = ["A b", "a\n\nB ", "a+b", "a-b", "", " "]
+    texts = ["A b", "a\n\nB ", "a+b", "a-b", "a + b", "ab", "", " ", "+", "a +"]
     digests = [tuple(digest) for digest in hash_texts(texts).digests_D2.tolist()]
-    assert digests[0] == digests[1]
-    assert len(set(digests[1:5])) == 4
-    assert digests[4] == digests[5]
+    classes = [0, 0, 1, 2, 1, 3, 4, 4, 5, 6]
+    pairs = set(zip(digests, classes, strict=True))
+    assert len(pairs) == len({digest for digest, _ in pairs}) == 7
 
 
 def test_values_never_change():
@@ -136,7 +136,7 @@ def test_values_never_change():
         12992216600362968101,
         6428540392459312855,
     ]
-    assert hashed.digests_D2[:, 0].tolist() == [12301395559275776290, 15098610620631507037]
+    assert hashed.digests_D2[:, 0].tolist() == [8544715598058361166, 7921653176546928205]
 
 
 @given(st.lists(st.integers(0, 12), max_size=6), st.integers(1, 6))
