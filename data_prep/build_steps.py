@@ -101,6 +101,7 @@ class PlannedBuild:
             UserError: something else is being built there, or the disk is full.
         """
         store_plan(self.plan, work, self.output)
+        dedup = self.options.dedup
         return UnitJob(
             work=work,
             tokenizer=store_tokenizer(self.tokenizer_path, work),
@@ -108,7 +109,8 @@ class PlannedBuild:
             cleaning_options=self.options.cleaning,
             heldout_fraction=self.options.heldout_fraction,
             shard_tokens=self.options.shard_tokens,
-            dedup=None if self.options.dedup is None else self.options.dedup.folder.resolve(),
+            dedup=None if dedup is None else dedup.folder.resolve(),
+            dedup_fingerprint="" if dedup is None else dedup.fingerprint,
             duplicates=self.options.duplicates,
         )
 

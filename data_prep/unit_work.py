@@ -24,6 +24,7 @@ from typing import NamedTuple, TextIO
 from data_prep.cleaning import CleaningOptions, clean_document
 from data_prep.dedup_decisions import OVERLAP, REASONS, Decisions, Duplicates
 from data_prep.documents import Document, ReadOptions, Unit, read_unit
+from data_prep.errors import UserError
 from data_prep.manifest import (
     ShardInfo,
     Split,
@@ -59,6 +60,7 @@ class UnitJob:
         heldout_fraction: share of the documents that goes to the split `heldout`, in [0, 1).
         shard_tokens: a shard that holds this many tokens takes no further document.
         dedup: folder of the decisions about duplicates; None if there are none.
+        dedup_fingerprint: fingerprint of these decisions.
         duplicates: whether to drop the duplicates, or to keep them in the split of the first.
     """
 
@@ -69,6 +71,7 @@ class UnitJob:
     heldout_fraction: float
     shard_tokens: int
     dedup: Path | None = None
+    dedup_fingerprint: str = ""
     duplicates: Duplicates = "drop"
 
     def folder(self, unit_index: int) -> Path:
@@ -198,7 +201,9 @@ class _Kept(NamedTuple):
 
 def _kept_documents(job: UnitJob, unit: Unit, report: ReadReport) -> Iterator[_Kept]:
     """The documents that neither cleaning nor a deduplication drops, with their splits."""
-    decisions = None if job.dedup is None else Decisions.read(job.dedup).of_unit(unit.index)
+    decisions = None
+    if job.dedup is not None:
+        decisions = _load_decisions(job.dedup, job.dedup_fingerprint).of_unit(unit.index)
     for document in read_unit(unit, job.read_options, report):
         kept = clean_document(document, job.cleaning_options, report)
         if kept is None:
@@ -314,6 +319,17 @@ class UnitShards:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+@lru_cache(maxsize=1)
+def _load_decisions(folder: Path, fingerprint: str) -> Decisions:
+    decisions = Decisions.read(folder)
+    if decisions.fingerprint != fingerprint:
+        raise UserError(
+            f"{folder} changed while it was in use: its fingerprint was {fingerprint} when the "
+            f"build began and is {decisions.fingerprint} now; start again with another --output"
+        )
+    return decisions
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shutil
 import sys
 
 import numpy as np
@@ -162,6 +163,27 @@ def test_a_source_that_changed_is_refused(families, tiny_tokenizer, tmp_path, in
         build(*arguments, inline_executor)
     assert f"does not hold the documents that {tmp_path / 'd'} decided about" in str(caught.value)
     assert "deduplicate again" in str(caught.value)
+
+
+def test_decisions_that_are_replaced_during_a_build_are_refused(
+    families, tiny_tokenizer, tmp_path, inline_executor
+):
+    source, _ = families
+    decisions = decide(source, tmp_path / "d", inline_executor)
+
+    class Meddling:
+        def run(self, task, items):
+            shutil.rmtree(tmp_path / "d")
+            exact = DedupOptions(minhash=None)
+            deduplicate([str(source)], tmp_path / "d", exact, inline_executor)
+            yield from map(task, items)
+
+    options = BuildOptions(dedup=decisions)
+    with pytest.raises(UserError) as caught:
+        build([str(source)], tiny_tokenizer, tmp_path / "ds", options, Meddling())
+    assert f"d changed while it was in use: its fingerprint was {decisions.fingerprint}" in str(
+        caught.value
+    )
 
 
 def test_a_resumed_build_with_other_decisions_is_refused(
