@@ -41,6 +41,8 @@ from pipeline.modeling.relative_positions import RelativePositions
 from pipeline.modeling.sheared_attention import ShearedAttention
 
 AttentionBackend = Literal["eager", "torch", "triton", "disentangled_flash"]
+FUSED_BACKENDS: tuple[AttentionBackend, ...] = ("triton", "disentangled_flash")
+"""They launch kernels of their own, which no graph makes faster, and draw their dropout inside."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,10 @@ def disentangled_attention(
         arXiv:2006.03654, equations 3 and 4, as in `disentangled_attention.py` of the release.
     """
     scale = _scale(query_HBQd, keys)
-    selects_rows = query_HBQd.shape[2] != keys.key_HBLd.shape[2] or (
-        relative is not None and relative.positions_BQ is not None
-    )
-    serving_backend = _serving_backend(
-        backend, query_HBQd.device, query_HBQd.dtype, query_HBQd.shape[3], selects_rows
-    )
-    if serving_backend == "triton":
+    served_by = serving_backend(backend, query_HBQd, keys, relative)
+    if served_by == "triton":
         return _fused(query_HBQd, keys, relative, attention_mask_BL, scale, dropout_p, site)
-    if serving_backend == "disentangled_flash":
+    if served_by == "disentangled_flash":
         return flash_peer.attention(
             query_HBQd,
             *(keys.key_HBLd, keys.value_HBLd),
@@ -102,7 +99,7 @@ def disentangled_attention(
     keep_HBQL = None
     if site is not None and dropout_p > 0.0:
         keep_HBQL = site.keep_mask((*query_HBQd.shape[:3], keys.key_HBLd.shape[2]), dropout_p)
-    attend = _eager if serving_backend == "eager" else _sheared
+    attend = _eager if served_by == "eager" else _sheared
     # Scaling before the products keeps fp16 scores finite where the sums of products are not.
     context_HBQd = attend(
         *(query_HBQd * scale, _scaled(keys, scale), relative, attention_mask_BL),
@@ -143,11 +140,9 @@ def packed_disentangled_attention(
     Returns:
         Context [H, 1, T, d].
     """
-    serving_backend = _serving_backend(
-        backend, query_H1Td.device, query_H1Td.dtype, query_H1Td.shape[3], False
-    )
+    served_by = serving_backend(backend, query_H1Td, keys, relative)
     scale = _scale(query_H1Td, keys)
-    if serving_backend == "triton":
+    if served_by == "triton":
         return _fused(
             *(query_H1Td, keys, relative, None, scale, dropout_p, site),
             *(starts, max_length),
@@ -156,7 +151,7 @@ def packed_disentangled_attention(
     if site is not None and dropout_p > 0.0:
         num_heads, _, num_tokens, _ = query_H1Td.shape
         keep_HTL = site.keep_mask((num_heads, num_tokens, max_length), dropout_p)
-    attend = _eager if serving_backend == "eager" else _sheared
+    attend = _eager if served_by == "eager" else _sheared
     scaled_H1Td, keys, contexts = query_H1Td * scale, _scaled(keys, scale), []
     bounds = starts.tolist()
     for first, end in itertools.pairwise(bounds):
@@ -171,6 +166,31 @@ def packed_disentangled_attention(
             )
         )
     return torch.cat(contexts, dim=2)
+
+
+def serving_backend(
+    backend: AttentionBackend,
+    query_HBQd: torch.Tensor,
+    keys: KeySide,
+    relative: RelativePositions | None,
+) -> AttentionBackend:
+    """Say which backend computes a call.
+
+    Args:
+        backend: The one that is asked for.
+        query_HBQd: Queries.
+        keys: Keys.
+        relative: Positions; None without a table.
+
+    Returns:
+        The backend itself, or "torch" where it does not serve the call; the log says why, once.
+    """
+    selects_rows = query_HBQd.shape[2] != keys.key_HBLd.shape[2] or (
+        relative is not None and relative.positions_BQ is not None
+    )
+    return _serving_backend(
+        backend, query_HBQd.device, query_HBQd.dtype, query_HBQd.shape[3], selects_rows
+    )
 
 
 # torch.compile asks once, while it traces: the answer depends on no tensor's values.

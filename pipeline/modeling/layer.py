@@ -22,7 +22,13 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import ModelSection, NetworkSection
 from pipeline.counter_rng import DropoutKey, dropout
-from pipeline.modeling.attention import KeySide, disentangled_attention
+from pipeline.modeling.attention import (
+    FUSED_BACKENDS,
+    AttentionBackend,
+    KeySide,
+    disentangled_attention,
+    serving_backend,
+)
 from pipeline.modeling.compiled import draw_bits, drop
 from pipeline.modeling.compiled_attention import compiled_attention
 from pipeline.modeling.embeddings import LayerNorm, compiles_layers, dropout_site
@@ -30,10 +36,6 @@ from pipeline.modeling.relative_positions import RelativePositions
 
 # Dropout sites of a layer; `convolution.py` has the next one of layer 0.
 _ATTENTION_PROBS, _ATTENTION_OUTPUT, _FEED_FORWARD_OUTPUT, _RELATIVE_TABLE = range(4)
-
-
-# No graph makes these faster, and they draw their dropout inside.
-_FUSED_BACKENDS = ("triton", "disentangled_flash")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class DisentangledSelfAttention(nn.Module):
         self.head_size = network.attention_head_size
         self.probs_dropout = network.attention_probs_dropout_prob
         self.table_dropout = network.hidden_dropout_prob
-        self.backend = model.attention_backend
+        self.backend: AttentionBackend = model.attention_backend
         self.recomputes = model.activation_checkpointing == "attention"
         self.compiles = compiles_layers(model)
 
@@ -143,13 +145,9 @@ class DisentangledSelfAttention(nn.Module):
             [B, Q, D].
         """
         query_HBQd = self._split_heads(self.query_proj(query_BQD))
-        attend, backend = disentangled_attention, self.backend
-        if self.compiles and backend in _FUSED_BACKENDS:
-            # They leave the decoder's selected rows to torch.
-            if query_HBQd.shape[2] != keys.key_HBLd.shape[2]:
-                attend, backend = compiled_attention, "torch"
-        elif self.compiles:
-            attend = compiled_attention
+        backend = serving_backend(self.backend, query_HBQd, keys, context.relative)
+        in_a_graph = self.compiles and backend not in FUSED_BACKENDS
+        attend = compiled_attention if in_a_graph else disentangled_attention
         context_HBQd = maybe_recompute(
             self.recomputes,
             attend,

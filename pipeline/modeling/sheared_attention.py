@@ -18,6 +18,7 @@ Letters: B sequences, L sequence length, Q query rows, H heads, d head size, E =
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def shear(band_HBLE: torch.Tensor) -> torch.Tensor:
@@ -179,8 +180,10 @@ class ShearedAttention(torch.autograd.Function):
             return probs_HBQL @ value_HBLd
         return (probs_HBQL * keep_HBQL) @ value_HBLd * keep_scale
 
+    # Probabilities are kept without their history: a second derivative would be wrong.
     @staticmethod
-    def backward(ctx, *grads: torch.Tensor):
+    @once_differentiable
+    def backward(ctx, *grads: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of the five differentiable arguments of `forward`."""
         query, key, value, rel_key, rel_query, positions_BQ, probs, keep = ctx.saved_tensors
         d_context = grads[0].to(value.dtype)

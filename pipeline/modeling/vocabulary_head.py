@@ -156,7 +156,11 @@ def vocabulary_head(
     Returns:
         Loss sum, draws and correct predictions; only the loss has a gradient.
     """
-    with _without_autocast(hidden_BKD.device), named_range(HEAD_RANGE):
+    with (
+        _without_autocast(hidden_BKD.device),
+        torch.cuda.device_of(hidden_BKD),  # Triton launches on the current device
+        named_range(HEAD_RANGE),
+    ):
         loss_sum, drawn_BK, correct_sum = _ChunkedCrossEntropy.apply(
             hidden_BKD.flatten(0, 1),
             table_VD,

@@ -5,7 +5,8 @@
 The launcher runs as it does in training, on CPU tensors at the shape of a training batch, but each
 launch only compiles: Triton specializes on the same strides and alignments, and ptxas of Triton's
 wheel makes the same machine code. The exit code is 1 if a kernel spills (uses a stack) or needs
-more shared memory than a multiprocessor of its architecture can give one program.
+more shared memory than a multiprocessor of its architecture can give one program. A run of
+everything writes its table to `results/kernels-triton-VERSION.md`.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -37,7 +40,7 @@ from pipeline.modeling.kernels.tile_table import TABLES, Tile
 from pipeline.modeling.vocabulary_head import CHUNK_IDS
 
 SHARED_BYTES = {"sm_80": 160 * 1024, "sm_90": 227 * 1024}
-MAX_REGISTERS = 255
+RESULTS = Path(__file__).parent / "results"
 HEADS, SEQUENCES, TABLE_ROWS = 2, 2, 512
 SLOTS, VOCABULARY = 77, 128_100
 
@@ -143,7 +146,7 @@ def problem(variant: Variant, head_size: int, dtype_name: str) -> host.Problem:
 
 
 class CompileOnly:
-    """In the place of `launch`: compiles each kernel once.
+    """In the place of `launch`: compiles each kernel once, with the options of its tile.
 
     Args:
         architecture: What for.
@@ -168,14 +171,11 @@ class CompileOnly:
         self.architecture, self.wanted, self.skips = architecture, wanted, skips
         self.found: dict[str, Compiled] = {}
 
-    def __call__(
-        self, kernel: Any, grid: Any, tile: Tile, *args: Any, fuses: bool = True, **constants: Any
-    ) -> None:
+    def __call__(self, kernel: Any, grid: Any, tile: Tile, *args: Any, **constants: Any) -> None:
         name = kernel.fn.__name__.removesuffix("_kernel")
         if name in self.skips or name in self.found or self.wanted not in (None, name):
             return
-        options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": fuses}
-        compiled = kernel.warmup(*args, grid=grid, **constants, **options)
+        compiled = kernel.warmup(*args, grid=grid, **constants, **tile.launch_options)
         registers, stack_bytes = resources(compiled.asm["cubin"])
         self.found[name] = Compiled(
             self.architecture,
@@ -193,7 +193,7 @@ def compile_all(
 ) -> list[Compiled]:
     """Compile what one forward and one backward pass of attention launch."""
     # The forms differ in what only two kernels compute.
-    repeated = frozenset({"delta", "side", "table"} if variant is not VARIANTS[0] else ())
+    repeated = frozenset({"delta", "side", "table", "row"} if variant is not VARIANTS[0] else ())
     compile_only = CompileOnly(architecture, head_size, dtype, variant.name, wanted, repeated)
     here = problem(variant, head_size, dtype)
     with (
@@ -224,26 +224,46 @@ def compile_head(architecture: str, dtype: str, chunk: str, wanted: str | None) 
     return list(compile_only.found.values())
 
 
+COLUMNS = (
+    *("architecture", "kernel", "head size", "dtype", "form", "tile", "warps", "stages"),
+    *("registers", "stack bytes", "shared KiB", "fault"),
+)
+
+
+def cells(row: Compiled) -> list[str]:
+    """A row of the table, as `COLUMNS`."""
+    tile, shared = row.tile, f"{row.shared_bytes / 1024:.1f}"
+    head_size = "" if row.head_size is None else row.head_size
+    where = (row.architecture, row.kernel, head_size, row.dtype, row.variant)
+    values = (f"{tile.rows} x {tile.columns}", tile.warps, tile.stages, row.registers)
+    return [str(each) for each in (*where, *values, row.stack_bytes, shared, row.fault or "none")]
+
+
 def show(rows: list[Compiled]) -> None:
     """Print the table."""
-    columns = ("kernel", "head", "dtype", "form", "tile", "warps, stages", "registers", "stack B")
-    table = Table("", *columns, "shared KiB", "", title=f"ptxas, Triton {triton.__version__}")
+    table = Table(*COLUMNS, title=f"ptxas, Triton {triton.__version__}")
     for row in rows:
-        tile = row.tile
-        table.add_row(
-            row.architecture,
-            row.kernel,
-            "" if row.head_size is None else str(row.head_size),
-            row.dtype,
-            row.variant,
-            f"{tile.rows} x {tile.columns}",
-            f"{tile.warps}, {tile.stages}",
-            str(row.registers),
-            str(row.stack_bytes),
-            f"{row.shared_bytes / 1024:.1f}",
-            row.fault,
-        )
-    Console(width=150).print(table)
+        table.add_row(*cells(row))
+    Console(width=160).print(table)
+
+
+def write(rows: list[Compiled], faults: int, folder: Path = RESULTS) -> Path:
+    """Write the table beside the other results; edit nothing there by hand."""
+    path = folder / f"kernels-triton-{triton.__version__}.md"
+    lines = [
+        f"# Every shipped tile as Triton {triton.__version__} and its ptxas compile it",
+        "",
+        f"Written by `make kernels-compile` on {datetime.now(UTC):%Y-%m-%d}, without a GPU: "
+        f"{len(rows)} kernels, {faults} at fault. Shared memory may be "
+        + ", ".join(f"{size // 1024} KiB on {name}" for name, size in SHARED_BYTES.items())
+        + "; a stack is a spill.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{' --- |' * len(COLUMNS)}",
+        *(f"| {' | '.join(cells(row))} |" for row in rows),
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def main() -> int:
@@ -252,7 +272,8 @@ def main() -> int:
     parser.add_argument("--architecture", choices=sorted(TABLES), help="all")
     parser.add_argument("--head-size", type=int, choices=HEAD_SIZES, help="all")
     parser.add_argument("--dtype", choices=DTYPES, help="all")
-    parser.add_argument("--kernel", help="forward, delta, score, side, table, sums, gradient; all")
+    names = "forward, delta, score, side, table, row, sums, gradient"
+    parser.add_argument("--kernel", help=f"{names}; all")
     options = parser.parse_args()
     asked = {options.architecture, options.head_size, options.dtype} - {None}
     rows = []
@@ -267,6 +288,8 @@ def main() -> int:
     show(rows)
     faults = [row for row in rows if row.fault]
     print(f"{len(rows)} kernels compiled, {len(faults)} at fault")
+    if not asked and not options.kernel:
+        print(f"written to {write(rows, len(faults))}")
     for kind in sorted(TABLES):
         print(f"tiles of {kind}: {TABLES[kind].measurement}")
     return 1 if faults else 0

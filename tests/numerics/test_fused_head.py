@@ -1,8 +1,9 @@
 """The fused vocabulary head, interpreted on a CPU, against logits held whole and torch's form."""
 
-import importlib.util
+import contextlib
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,30 +15,11 @@ from pipeline.modeling.kernels import serving, tile_table
 from pipeline.modeling.kernels.vocabulary_traffic import head_backward_traffic, head_forward_traffic
 from pipeline.modeling.networks import Generator
 from pipeline.rtd import DrawKey, gumbel_noise
-from tests.interpreting import forget_kernels, interpreted_kernels
+from tests.interpreting import forget_kernels, needs_triton
 from tests.reference.fused_head import KEY, HeadBatch, kernel_noise
 from tests.reference.small_networks import model_section, network_section
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreter():
-    """Kernels are interpreted in this file."""
-    with interpreted_kernels():
-        yield
-
-
-@pytest.fixture
-def tiles(monkeypatch):
-    """Set the interpreter's tiles."""
-
-    def choose(rows, columns):
-        tile = tile_table.Tile(rows, columns, 1, 1)
-        monkeypatch.setattr(tile_table, "INTERPRETED", tile)
-
-    return choose
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 def assert_near(found, expected, tolerance):
@@ -219,6 +201,40 @@ def test_documented_traffic_is_what_the_kernels_are_handed(dtype, monkeypatch):
     assert sum(step.bytes for step in backward) == pytest.approx(8 + 3 * element, rel=0.01)
 
 
+@needs_triton
+@pytest.mark.parametrize("architecture", tile_table.TABLES)
+@pytest.mark.parametrize("kernel", ["sums", "gradient"])
+def test_launches_on_a_gpu_round_as_torchs_operations_do(architecture, kernel):
+    compiled = mock.MagicMock()
+    tile = tile_table.head_tile(architecture, kernel)
+    serving.host("vocabulary").launch(compiled, (1,), tile, 7, SIZE=5)
+    compiled[1,].assert_called_once_with(
+        7, SIZE=5, num_warps=4, num_stages=1, enable_fp_fusion=False
+    )
+
+
+@needs_triton
+def test_the_forward_pass_launches_on_the_device_of_its_tensors(monkeypatch):
+    batch, inside, launched = HeadBatch.make(7, 61), [], []
+    host = serving.host("vocabulary")
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        inside.append(tensor.shape)
+        yield
+        inside.pop()
+
+    def watch(*args, **constants):
+        launched.append(list(inside))
+        launch(*args, **constants)
+
+    launch = host.launch
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(host, "launch", watch)
+    batch.head("fused", 20)
+    assert launched == [[batch.weights[0].shape]] * 4
+
+
 def section(backend, **model):
     return model_section(vocab_size=61).model_copy(update={"attention_backend": backend, **model})
 
@@ -265,7 +281,7 @@ def test_another_dtype_falls_back(caplog):
     message = fall_back(caplog, HeadBatch.make(7, 61, torch.float64))
     assert message == (
         "the fused vocabulary head is replaced by torch: the dtype is float64, and Triton's "
-        "interpreter computes float16, bfloat16, float32"
+        "interpreter can compute float16, bfloat16, float32"
     )
 
 

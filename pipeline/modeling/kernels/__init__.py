@@ -7,7 +7,7 @@
     arguments          groups of pointers and numbers that kernels take
     disentangled_host  what the operators do: matrix products, launches, scratch memory
     vocabulary_host    the same for the chunks of `pipeline.modeling.vocabulary_head`
-    launching          for which device, with how many warps
+    launching          for which device, with which options
     forward_kernel, score_kernel, gradient_kernels, score_tiles, keep_bits   attention in Triton
     vocabulary_kernels, gumbel                                               the head in Triton
     philox             the random words of both

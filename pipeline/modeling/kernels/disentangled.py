@@ -8,6 +8,8 @@ Letters: H heads, T tokens of all sequences, L longest sequence, d head size, R 
 table, E = 2 L distances.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -84,7 +86,7 @@ def fused_attention(
         rel_key_HRd,
         rel_query_HRd,
         table_rows_2E,
-        None if key_mask_T is None else key_mask_T.to(torch.uint8),
+        None if key_mask_T is None else key_mask_T.view(torch.uint8),
         starts,
         site.words_2 if site is not None and drops else None,
         max_length,
@@ -102,72 +104,48 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _problem(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rel_key: torch.Tensor | None,
-    rel_query: torch.Tensor | None,
-    *rest: Any,
-) -> Any:
-    tables = (None if table is None else _rows(table) for table in (rel_key, rel_query))
-    return host().Problem(_rows(query), _rows(key), _rows(value), *tables, *rest)
+def _problem(*arguments: Any) -> Any:
+    """Take an operator's arguments, the order of `_ARGUMENTS`, as the kernels read them."""
+    *tensors, table_rows, key_mask, starts, words = arguments[:9]
+    rows = (None if each is None else _rows(each) for each in tensors)
+    return host().Problem(*rows, table_rows, key_mask, starts, words, *arguments[9:])
 
 
-@torch.library.custom_op("deberta::disentangled_attention", mutates_args=())
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rel_key: torch.Tensor | None,
-    rel_query: torch.Tensor | None,
-    table_rows: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    starts: torch.Tensor | None,
-    words: torch.Tensor | None,
-    max_length: int,
-    by_row: bool,
-    scale: float,
-    dropout_p: float,
-    layer: int,
-    where: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    problem = _problem(
-        *(query, key, value, rel_key, rel_query, table_rows, key_mask, starts, words),
-        *(max_length, by_row, scale, dropout_p, layer, where),
-    )
-    # Products inside must have the dtype of the inputs, whatever surrounds the call.
-    with torch.autocast(query.device.type, enabled=False):
-        return host().forward(problem)
+@contextlib.contextmanager
+def _alone(query: torch.Tensor) -> Iterator[None]:
+    """Make what surrounds a call irrelevant: autocast, and another current device."""
+    # Products inside must have the dtype of the inputs, and Triton launches on the current device.
+    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
+        yield
 
 
-@torch.library.custom_op("deberta::disentangled_attention_backward", mutates_args=())
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? rel_key, Tensor? rel_query, "
+    "Tensor? table_rows, Tensor? key_mask, Tensor? starts, Tensor? words, SymInt max_length, "
+    "bool by_row, float scale, float dropout_p, SymInt layer, SymInt where"
+)
+"""Of both operators, named as the fields of `disentangled_host.Problem`."""
+
+
+@torch.library.custom_op(
+    "deberta::disentangled_attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+def _attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    with _alone(arguments[0]):
+        return host().forward(_problem(*arguments))
+
+
+@torch.library.custom_op(
+    "deberta::disentangled_attention_backward",
+    mutates_args=(),
+    schema="(Tensor d_context, Tensor context, Tensor log_sum_exp, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _attention_backward(
-    d_context: torch.Tensor,
-    context: torch.Tensor,
-    log_sum_exp: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rel_key: torch.Tensor | None,
-    rel_query: torch.Tensor | None,
-    table_rows: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    starts: torch.Tensor | None,
-    words: torch.Tensor | None,
-    max_length: int,
-    by_row: bool,
-    scale: float,
-    dropout_p: float,
-    layer: int,
-    where: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    problem = _problem(
-        *(query, key, value, rel_key, rel_query, table_rows, key_mask, starts, words),
-        *(max_length, by_row, scale, dropout_p, layer, where),
-    )
-    with torch.autocast(query.device.type, enabled=False):
-        return host().backward(problem, _rows(d_context), context, log_sum_exp)
+    d_context: torch.Tensor, context: torch.Tensor, log_sum_exp: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, ...]:
+    with _alone(d_context):
+        return host().backward(_problem(*arguments), _rows(d_context), context, log_sum_exp)
 
 
 def _rows_like(like_HTd: torch.Tensor) -> torch.Tensor:
@@ -207,9 +185,10 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
 
 
 def _differentiate(ctx: Any, d_context: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    gradients = _attention_backward(d_context, *ctx.saved_tensors, *ctx.numbers)
-    has_table = ctx.saved_tensors[5] is not None
-    tables = gradients[3:] if has_table else (None, None)
+    saved = ctx.saved_tensors  # once: activation checkpointing hands each out a single time
+    gradients = _attention_backward(d_context, *saved, *ctx.numbers)
+    rel_key = saved[5]
+    tables = (None, None) if rel_key is None else gradients[3:]
     return (*gradients[:3], *tables, *(None for _ in range(10)))
 
 

@@ -2,7 +2,7 @@
 
     forward    C2P = Q Kr', P2C = K Qr' (cuBLAS), then one kernel        -> context, log-sum-exp
     backward   the products again, delta, dV and dS (two kernels), then dQ and dK (one kernel,
-               twice) and dKr and dQr (one kernel, twice, and a sum over equal rows)
+               twice) and dKr and dQr (one kernel by distance and one by row, twice)
 
 Heads are processed in groups, so that scratch memory stays near `SCRATCH_BYTES` however long the
 sequences are. Every output element has one writer and every sum one order: the same inputs give the
@@ -14,13 +14,14 @@ table, E = 2 L distances, C columns of the products (R or E).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton.language as tl
 
 from pipeline.modeling.kernels.arguments import Drop, Extent, Form, PositionTerms, Rows
 from pipeline.modeling.kernels.forward_kernel import forward_kernel
-from pipeline.modeling.kernels.gradient_kernels import side_kernel, table_kernel
+from pipeline.modeling.kernels.gradient_kernels import row_kernel, side_kernel, table_kernel
 from pipeline.modeling.kernels.launching import INTERPRETED, device_architecture, launch
 from pipeline.modeling.kernels.score_kernel import delta_kernel, score_kernel
 from pipeline.modeling.kernels.tile_table import (
@@ -166,11 +167,17 @@ class _Pass:
         keep_scale = 1.0 / (1.0 - p.dropout_p)
         return Drop(p.words_2, p.layer, p.where, heads.start, threshold, keep_scale)
 
-    def table_gradient(self, side: int, side_HTd: torch.Tensor, d_scores: torch.Tensor):
+    def inputs(self, heads: slice) -> tuple[Any, ...]:
+        """What makes the scores of some heads, in the order of the kernels that compute them."""
+        p = self.problem
+        rows = (Rows.of(each[heads]) for each in (p.query_HTd, p.key_HTd, p.value_HTd))
+        return *rows, self.terms(heads), self.key_mask, self.extent, self.drop(heads)
+
+    def table_gradient(
+        self, side: int, side_HTd: torch.Tensor, d_scores: torch.Tensor, gradient_HRd: torch.Tensor
+    ) -> None:
         """Sum dS over the rows of each distance, then over the distances of each table row."""
         p, tile = self.problem, self.tile("table")
-        assert p.rel_key_HRd is not None
-        assert p.table_rows_2E is not None
         num_heads, num_distances = side_HTd.shape[0], 2 * p.max_length
         blocks = -(-num_distances // tile.columns)
         wanted = 1 if INTERPRETED else -(-TABLE_PROGRAMS // (blocks * num_heads))
@@ -193,9 +200,20 @@ class _Pass:
             BLOCK_R=tile.rows,
             BLOCK_C=tile.columns,
         )
-        row_R1 = torch.arange(p.rel_key_HRd.shape[1], device=side_HTd.device)[:, None]
-        is_row_RE = (p.table_rows_2E[side] == row_R1).to(p.wide)
-        return is_row_RE @ by_distance.unflatten(0, (num_heads, parts)).sum(1)
+        tile, num_rows = self.tile("rows"), gradient_HRd.shape[1]
+        launch(
+            row_kernel,
+            (-(-num_rows // tile.rows), num_heads),
+            tile,
+            Rows.of(by_distance),
+            self.table_rows[side],
+            Rows.of(gradient_HRd),
+            num_rows,
+            parts,
+            FORM=self.form,
+            BLOCK_R=tile.rows,
+            BLOCK_C=tile.columns,
+        )
 
 
 def _empty_rows(like_HTd: torch.Tensor) -> torch.Tensor:
@@ -222,13 +240,7 @@ def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
             forward_kernel,
             this.grid(tile.rows, heads),
             tile,
-            Rows.of(p.query_HTd[heads]),
-            Rows.of(p.key_HTd[heads]),
-            Rows.of(p.value_HTd[heads]),
-            this.terms(heads),
-            this.key_mask,
-            this.extent,
-            this.drop(heads),
+            *this.inputs(heads),
             Rows.of(context_HTd[heads]),
             log_sum_exp_HT[heads],
             p.scale,
@@ -282,7 +294,7 @@ def backward(
         for side, (side_HTd, other_HTd, d_scores) in enumerate(sides):
             _side_gradient(this, side, heads, other_HTd[heads], d_scores, gradients[side][heads])
             if tables:
-                tables[side][heads] = this.table_gradient(side, side_HTd[heads], d_scores)
+                this.table_gradient(side, side_HTd[heads], d_scores, tables[side][heads])
     return (*gradients, *(tables or [p.query_HTd.new_empty(0) for _ in range(2)]))
 
 
@@ -302,13 +314,7 @@ def _score_gradients(
         score_kernel,
         this.grid(tile.columns, heads),
         tile,
-        Rows.of(p.query_HTd[heads]),
-        Rows.of(p.key_HTd[heads]),
-        Rows.of(p.value_HTd[heads]),
-        this.terms(heads),
-        this.key_mask,
-        this.extent,
-        this.drop(heads),
+        *this.inputs(heads),
         Rows.of(d_context_HTd[heads]),
         log_sum_exp_HT[heads],
         delta_HT[heads],

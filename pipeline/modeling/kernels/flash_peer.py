@@ -18,9 +18,12 @@ from typing import Any
 import torch
 
 from pipeline.counter_rng import DropoutSite
-from pipeline.modeling.kernels.serving import HEAD_SIZES
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from pipeline.modeling.kernels.serving import (
+    COMPILED_DTYPES,
+    HEAD_SIZES,
+    refused_dtype,
+    refused_head_size,
+)
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
@@ -38,12 +41,9 @@ def refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
         return "the package disentangled-flash is not installed"
     if device.type != "cuda":
         return f"disentangled-flash runs on CUDA devices, and the tensors are on {device.type}"
-    if dtype not in _DTYPES:
-        return f"disentangled-flash does not compute {str(dtype).removeprefix('torch.')}"
     if head_size not in HEAD_SIZES:
-        sizes = ", ".join(map(str, HEAD_SIZES))
-        return f"heads have {head_size} channels, and disentangled-flash serves {sizes}"
-    return None
+        return refused_head_size(head_size, "the kernels of disentangled-flash")
+    return refused_dtype(dtype, COMPILED_DTYPES, "disentangled-flash")
 
 
 @functools.lru_cache(maxsize=32)

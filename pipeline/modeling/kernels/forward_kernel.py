@@ -13,6 +13,7 @@ import triton.language as tl
 
 from pipeline.modeling.kernels.keep_bits import keep_tile
 from pipeline.modeling.kernels.score_tiles import (
+    add_product,
     keys_that_count,
     position_tiles,
     row_tile,
@@ -69,7 +70,7 @@ def forward_kernel(
             # Added by the product itself: the sum then has the layout of matrix units, and with it
             # all that follows.
             scores_QK = scores_QK * (1.0 / scale)
-        scores_QK = tl.dot(query_Qd, tl.trans(key_Kd), scores_QK, input_precision=FORM.precision)
+        scores_QK = add_product(query_Qd, tl.trans(key_Kd), scores_QK, FORM)
         scores_QK = scores_QK * scale
         counts_K = keys_that_count(key_mask, start, key_K, inside_K, FORM.has_mask)
         scores_QK = tl.where(counts_K[None, :], scores_QK, float("-inf"))
@@ -86,11 +87,8 @@ def forward_kernel(
             )
             probs_QK = tl.where(keep_QK, probs_QK, 0.0)
         value_Kd = row_tile(value, head, start, key_K, inside_K, FORM.head_size)
-        context_Qd = tl.dot(
-            probs_QK.to(value_Kd.dtype),
-            value_Kd,
-            context_Qd * shrink_Q[:, None],
-            input_precision=FORM.precision,
+        context_Qd = add_product(
+            probs_QK.to(value_Kd.dtype), value_Kd, context_Qd * shrink_Q[:, None], FORM
         )
     divisor_Q = tl.where(sum_Q == 0.0, 1.0, sum_Q)
     context_Qd = context_Qd * (drop.keep_scale / divisor_Q)[:, None]

@@ -2,6 +2,7 @@
 
     side_kernel    owns rows of dS: dQ from dS by query, dK from dS by key
     table_kernel   owns distances: the gradient of one projection of the relative table
+    row_kernel     owns rows of the table, and sums the distances that share each
 
 In both forms of dS the entries of one distance lie on a diagonal. The kernels read tiles along
 diagonals, [row, diagonal], by affine addresses: no band with zeros is stored. Each output element
@@ -14,7 +15,7 @@ U diagonals of a tile.
 import triton
 import triton.language as tl
 
-from pipeline.modeling.kernels.score_tiles import row_tile, sequence_bounds, store_rows
+from pipeline.modeling.kernels.score_tiles import add_product, row_tile, sequence_bounds, store_rows
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def side_kernel(
             other=0.0,
         )
         other_Cd = row_tile(other, head, start, column_C, real_C, FORM.head_size)
-        gradient_Rd = tl.dot(d_scores_RC, other_Cd, gradient_Rd, input_precision=FORM.precision)
+        gradient_Rd = add_product(d_scores_RC, other_Cd, gradient_Rd, FORM)
     gradient_Rd = gradient_Rd * scale
     if FORM.num_columns:
         # The diagonals that meet this block, from its last row's first column on.
@@ -77,7 +78,7 @@ def side_kernel(
                 table_rows + (max_length - 1) + diagonal_U, mask=is_used_U, other=0
             ).to(tl.int32)
             table_Ud = row_tile(table, head, 0, table_row_U, is_used_U, FORM.head_size)
-            gradient_Rd = tl.dot(d_scores_RU, table_Ud, gradient_Rd, input_precision=FORM.precision)
+            gradient_Rd = add_product(d_scores_RU, table_Ud, gradient_Rd, FORM)
     store_rows(gradient, head, start, row_R, real_R, gradient_Rd, FORM.head_size)
 
 
@@ -117,9 +118,41 @@ def table_kernel(
             row_R = row + tl.arange(0, BLOCK_R)
             d_scores_RU = _diagonal_tile(scores, row_R, diagonal_U, length, max_length)
             side_Rd = row_tile(side, head, start, row_R, row_R < length, FORM.head_size)
-            gradient_Ud = tl.dot(
-                tl.trans(d_scores_RU), side_Rd, gradient_Ud, input_precision=FORM.precision
-            )
+            gradient_Ud = add_product(tl.trans(d_scores_RU), side_Rd, gradient_Ud, FORM)
     part = head * tl.num_programs(1) + tl.program_id(1)
     exists_U = element_U < 2 * max_length
     store_rows(gradient, part, 0, element_U, exists_U, gradient_Ud, FORM.head_size)
+
+
+@triton.jit
+def row_kernel(
+    by_distance,
+    table_rows,
+    gradient,
+    num_rows,
+    parts,
+    FORM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum what `table_kernel` left over parts and over each row's distances: grid (rows, heads).
+
+    A block of rows skips the distances of others. The rest is a product with zeros and ones, whose
+    order of sums is fixed.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    gradient_Rd = tl.full([BLOCK_R, FORM.head_size], 0.0, FORM.wide)
+    for first_element in range(0, 2 * FORM.max_length, BLOCK_C):
+        element_C = first_element + tl.arange(0, BLOCK_C)
+        exists_C = element_C < 2 * FORM.max_length
+        table_row_C = tl.load(table_rows + element_C, mask=exists_C, other=-1).to(tl.int32)
+        is_row_RC = (table_row_C[None, :] == row_R[:, None]).to(FORM.wide)
+        any_R = tl.reduce(is_row_RC, 1, tl.standard._elementwise_max)
+        if tl.reduce(any_R, 0, tl.standard._elementwise_max) > 0.0:
+            for part in range(0, parts):
+                rows_Cd = row_tile(
+                    by_distance, head * parts + part, 0, element_C, exists_C, FORM.head_size
+                )
+                gradient_Rd = add_product(is_row_RC, rows_Cd, gradient_Rd, FORM)
+    store_rows(gradient, head, 0, row_R, row_R < num_rows, gradient_Rd, FORM.head_size)

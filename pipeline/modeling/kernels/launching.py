@@ -1,4 +1,4 @@
-"""How kernels are launched: for which device, and with the warps and the pipeline of their tile."""
+"""How kernels are launched: for which device, and with the options of their tile."""
 
 from typing import Any
 
@@ -12,27 +12,17 @@ INTERPRETED = not isinstance(philox4x32, triton.JITFunction)
 """Whether TRITON_INTERPRET was set when the kernels were imported: they then run on a CPU."""
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    tile: Tile,
-    *args: Any,
-    fuses: bool = True,
-    **constants: Any,
-) -> None:
-    """Launch a kernel with the warps and the pipeline of its tile.
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *args: Any, **constants: Any) -> None:
+    """Launch a kernel with the options of its tile, on the current device.
 
     Args:
         kernel: A function of the kernel modules.
         grid: Programs in each dimension.
         tile: The tile.
         *args: Tensors, numbers and tuples of them.
-        fuses: Whether a product and a sum may be rounded once instead of twice.
         **constants: What the kernel is compiled for.
     """
-    # Fusing was Triton's default, and will not be from 3.10 on.
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": fuses}
-    kernel[grid](*args, **constants, **options)
+    kernel[grid](*args, **constants, **tile.launch_options)
 
 
 def device_architecture(device: torch.device) -> str | None:

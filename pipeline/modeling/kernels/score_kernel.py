@@ -12,6 +12,7 @@ import triton.language as tl
 
 from pipeline.modeling.kernels.keep_bits import keep_tile
 from pipeline.modeling.kernels.score_tiles import (
+    add_product,
     keys_that_count,
     position_tiles,
     row_tile,
@@ -89,13 +90,14 @@ def score_kernel(
             )
             scores_KQ = tl.trans(to_position_QK).to(FORM.wide) + to_content_KQ.to(FORM.wide)
             scores_KQ = scores_KQ * (1.0 / scale)
-        scores_KQ = tl.dot(key_Kd, tl.trans(query_Qd), scores_KQ, input_precision=FORM.precision)
+        scores_KQ = add_product(key_Kd, tl.trans(query_Qd), scores_KQ, FORM)
         scores_KQ = scores_KQ * scale
         scores_KQ = tl.where(counts_K[:, None], scores_KQ, float("-inf"))
         # Rows without a key and rows past the end: exp(x - inf) is 0 for every x.
         divisor_Q = tl.where(log_sum_exp_Q == float("-inf"), float("inf"), log_sum_exp_Q)
         probs_KQ = tl.exp(scores_KQ - divisor_Q[None, :])
-        d_probs_KQ = tl.dot(value_Kd, tl.trans(d_context_Qd), input_precision=FORM.precision)
+        zero_KQ = tl.full([BLOCK_K, BLOCK_Q], 0.0, FORM.wide)
+        d_probs_KQ = add_product(value_Kd, tl.trans(d_context_Qd), zero_KQ, FORM)
         dropped_KQ = probs_KQ
         if FORM.drops:
             element_Q = (mask_row + query_Q) * FORM.max_length
@@ -104,7 +106,7 @@ def score_kernel(
             dropped_KQ = tl.where(keep_KQ, probs_KQ, 0.0)
             d_probs_KQ = tl.where(keep_KQ, d_probs_KQ * drop.keep_scale, 0.0)
         dropped_KQ = dropped_KQ.to(d_context_Qd.dtype)
-        d_value_Kd = tl.dot(dropped_KQ, d_context_Qd, d_value_Kd, input_precision=FORM.precision)
+        d_value_Kd = add_product(dropped_KQ, d_context_Qd, d_value_Kd, FORM)
         d_scores_KQ = (probs_KQ * (d_probs_KQ - delta_Q[None, :])).to(key_Kd.dtype)
         offset_KQ = (key_K * FORM.max_length)[:, None] + query_Q[None, :]
         tl.store(by_key + offset_KQ, d_scores_KQ, mask=real_K[:, None] & real_Q[None, :])

@@ -19,14 +19,21 @@ import triton.language as tl
 
 @triton.jit
 def sequence_bounds(extent, sequence, MAX_LENGTH: tl.constexpr, PACKED: tl.constexpr):
-    """Return the first token of a sequence and its length in tokens."""
+    """Return the first token of a sequence, in 64 bits for addresses, and its length in tokens."""
     if PACKED:
-        start = tl.load(extent.starts + sequence)
-        length = tl.load(extent.starts + sequence + 1) - start
+        first = tl.load(extent.starts + sequence)
+        length = tl.load(extent.starts + sequence + 1) - first
+        start = first.to(tl.int64)
     else:
-        start = sequence * MAX_LENGTH
+        start = tl.cast(sequence, tl.int64) * MAX_LENGTH
         length = MAX_LENGTH
     return start, length
+
+
+@triton.jit
+def add_product(left, right, total, FORM: tl.constexpr):
+    """Add the product of two matrices to `total`, in the dtype of sums and without TF32."""
+    return tl.dot(left, right, total, input_precision=FORM.precision, out_dtype=FORM.wide)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 HEAD_SIZES = (32, 64, 128)
-_COMPILED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+COMPILED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The interpreter has no bfloat16 arithmetic: it multiplies the bit patterns.
 _INTERPRETED_DTYPES = (torch.float16, torch.float32, torch.float64)
 # What the vocabulary head rounds to narrow dtypes are results; its arithmetic is fp32 everywhere.
@@ -66,11 +66,10 @@ def refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
         The reason, in a few words, or None where they do.
     """
     if head_size not in HEAD_SIZES:
-        sizes = ", ".join(map(str, HEAD_SIZES))
-        return f"heads have {head_size} channels, and the kernels serve {sizes}"
+        return refused_head_size(head_size, "the kernels")
     if device.type == "meta":
         return None
-    return _refused("disentangled", device, dtype, _INTERPRETED_DTYPES, _COMPILED_DTYPES)
+    return _refused("disentangled", device, dtype, _INTERPRETED_DTYPES, COMPILED_DTYPES)
 
 
 def head_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -98,17 +97,41 @@ def _refused(
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     if interpreted and device.type != "meta":
-        return _refused_dtype(dtype, interpreted_dtypes, "Triton's interpreter")
+        return refused_dtype(dtype, interpreted_dtypes, "Triton's interpreter")
     if device.type != "cuda":
         return f"Triton compiles for NVIDIA GPUs, and the tensors are on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0"
-    return _refused_dtype(dtype, compiled_dtypes, "the kernels")
+    return refused_dtype(dtype, compiled_dtypes, "the kernels")
 
 
-def _refused_dtype(dtype: torch.dtype, served: Sequence[torch.dtype], by: str) -> str | None:
+def refused_head_size(head_size: int, by: str) -> str:
+    """Say that heads are not of a served size.
+
+    Args:
+        head_size: Channels of a head.
+        by: Who serves `HEAD_SIZES`.
+
+    Returns:
+        The reason.
+    """
+    sizes = ", ".join(map(str, HEAD_SIZES))
+    return f"heads have {head_size} channels, and {by} serve {sizes}"
+
+
+def refused_dtype(dtype: torch.dtype, served: Sequence[torch.dtype], by: str) -> str | None:
+    """Say why a dtype is not served.
+
+    Args:
+        dtype: Of the tensors.
+        served: What can be computed.
+        by: By whom.
+
+    Returns:
+        The reason, or None where it is served.
+    """
     if dtype in served:
         return None
     names = ", ".join(str(each).removeprefix("torch.") for each in served)
-    return f"the dtype is {str(dtype).removeprefix('torch.')}, and {by} computes {names}"
+    return f"the dtype is {str(dtype).removeprefix('torch.')}, and {by} can compute {names}"

@@ -8,7 +8,7 @@ fails where one spills registers or takes too much shared memory.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-KernelName = Literal["forward", "delta", "scores", "side", "table"]
+KernelName = Literal["forward", "delta", "scores", "side", "table", "rows"]
 HeadKernelName = Literal["sums", "gradient"]
 
 NOT_MEASURED = "not measured: chosen by registers and shared memory alone"
@@ -19,12 +19,25 @@ class Tile:
     """How a kernel is cut into programs."""
 
     rows: int
-    """Queries of a tile; rows of dS in the kernels that read it; slots in the vocabulary head."""
+    """Queries of a tile; rows of dS in the kernels that read it; rows of the table; slots in the
+    vocabulary head."""
     columns: int
     """Keys of a tile; columns or diagonals of dS; ids in the vocabulary head."""
     warps: int
     stages: int
     """Depth of the software pipeline that loads tiles."""
+    fuses: bool = True
+    """Whether a product and a sum may be rounded once instead of twice."""
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        """How Triton compiles a kernel of this tile."""
+        # Fusing was Triton's default, and will not be from 3.10 on.
+        return {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": self.fuses,
+        }
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class TileTable:
 _DELTA = {32: Tile(128, 1, 4, 1), 64: Tile(64, 1, 4, 1), 128: Tile(32, 1, 4, 1)}
 _SMALL, _SMALL_WIDE = Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)
 _NARROW = Tile(32, 16, 8, 2)
+_ROWS = {32: Tile(32, 32, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1)}
 # fp32 goes through the ordinary units, so that its tiles differ little between GPUs.
 _SINGLE: dict[KernelName, dict[int, Tile]] = {
     "forward": {32: _SMALL, 64: _SMALL, 128: _SMALL_WIDE},
@@ -49,21 +63,24 @@ _SINGLE: dict[KernelName, dict[int, Tile]] = {
     "scores": {32: _NARROW, 64: _NARROW, 128: _NARROW},
     "side": {32: _SMALL, 64: _SMALL, 128: _SMALL_WIDE},
     "table": {32: _SMALL_WIDE, 64: _SMALL_WIDE, 128: _SMALL_WIDE},
+    "rows": _ROWS,
 }
 _SQUARE = Tile(64, 64, 4, 2)
 _HALF_80: dict[KernelName, dict[int, Tile]] = {
-    "forward": {32: Tile(64, 64, 8, 2), 64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2)},
+    "forward": {32: Tile(64, 64, 8, 2), 64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2)},
     "delta": _DELTA,
     "scores": {32: _SMALL, 64: Tile(64, 32, 4, 2), 128: _SMALL},
     "side": {32: _SQUARE, 64: _SQUARE, 128: Tile(64, 64, 8, 2)},
     "table": {32: _SQUARE, 64: _SQUARE, 128: Tile(64, 64, 8, 2)},
+    "rows": _ROWS,
 }
 _HALF_90: dict[KernelName, dict[int, Tile]] = {
-    "forward": {32: _SQUARE, 64: _SQUARE, 128: Tile(64, 32, 4, 2)},
+    "forward": {32: _SQUARE, 64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 4, 2)},
     "delta": _DELTA,
     "scores": {32: Tile(32, 64, 8, 2), 64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2)},
     "side": {32: _SQUARE, 64: _SQUARE, 128: Tile(64, 64, 8, 2)},
     "table": {32: _SQUARE, 64: _SQUARE, 128: Tile(64, 64, 8, 2)},
+    "rows": _ROWS,
 }
 
 
@@ -82,7 +99,11 @@ def _by_size(
 
 
 # Four neighbours are one thread's: they share an evaluation of Philox, and no tile changes hands.
-_HEAD: dict[HeadKernelName, Tile] = {"sums": Tile(1, 512, 4, 1), "gradient": Tile(8, 128, 4, 1)}
+# Nothing is fused, so that scores of draws are rounded as torch's operations round them.
+_HEAD: dict[HeadKernelName, Tile] = {
+    "sums": Tile(1, 512, 4, 1, fuses=False),
+    "gradient": Tile(8, 128, 4, 1, fuses=False),
+}
 
 TABLES: dict[str, TileTable] = {
     "sm_80": TileTable(NOT_MEASURED, _by_size(_HALF_80, _SINGLE), _HEAD),
