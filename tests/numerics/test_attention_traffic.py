@@ -17,7 +17,7 @@ from tests.benchmarks.traffic import (
 # Dynamo looks at every argument's gradient, and hides the warning where warnings are not errors.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
-FEWEST_KERNELS_OF_DROPOUT = 100
+FEWEST_KERNELS_OF_DROPOUT = 90
 
 
 def test_the_counter_counts_operands_once_and_views_never():
@@ -54,7 +54,7 @@ def test_a_graph_counts_what_its_fused_kernel_reads_and_writes():
 def test_a_compiled_layer_pays_for_dropout_with_a_few_kernels():
     plain, without = our_traffic("torch", dropout=0.1), our_traffic("torch")
     compiled = our_traffic("torch", compiles=True, dropout=0.1)
-    assert plain.launches > without.launches + 6 * FEWEST_KERNELS_OF_DROPOUT
+    assert plain.launches > without.launches + 4 * FEWEST_KERNELS_OF_DROPOUT
     assert compiled.launches < without.launches + FEWEST_KERNELS_OF_DROPOUT / 5
     assert compiled.kib_per_token < 1060
     assert compiled.kib_per_token < 0.8 * transformers_traffic(0.1).kib_per_token
