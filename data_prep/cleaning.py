@@ -1,16 +1,26 @@
-"""Repair of texts, the length filter, and the division of long texts; pure and deterministic.
+"""Repair of texts, the rules by which they are kept, and the division of long ones; deterministic.
 
+- `CleaningOptions`: what is repaired, masked and asked of a document.
 - `repair_text`: characters that no tokenizer should see are removed, and counted.
-- `clean_document`: repair and filter of one document, accounted for in its `ReadReport`.
+- `clean_document`: everything that is done to one document, accounted for in its `ReadReport`.
 - `split_long`: a text as the chunks that are encoded, each alone. Normative: the chunks decide
   the ids, so that another cut would be another dataset format.
+
+Rules are in `quality`, addresses in `private_data`, languages in `language`. The order is:
+decoding, control characters, C4's lines, masks, lengths, Gopher's rules, language.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, get_args
 
 from data_prep.documents import Document
 from data_prep.errors import UserError
+from data_prep.language import identify_language, known_languages
+from data_prep.private_data import mask_emails, mask_ips
+from data_prep.quality import c4_lines, gopher_failure, repetition_failure
 from data_prep.read_report import ReadReport
 
 CHUNK_BYTES = 256 << 10
@@ -22,18 +32,80 @@ _C1_BYTES = re.compile(b"\xc2[\x80-\x9f]")
 _UNWANTED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
+Rules = Literal["gopher", "repetition", "c4"]
+Masks = Literal["email", "ip"]
+
+
 @dataclass(frozen=True)
 class CleaningOptions:
-    """Which documents are kept."""
+    """What is done to documents, and which are kept."""
 
     min_characters: int = 1
     """Shorter documents are dropped; in characters after repair, white space around not counted."""
+    max_characters: int | None = None
+    """Longer documents are dropped; None for no limit."""
+    fix_unicode: bool = False
+    """Whether text that was decoded wrongly once ("schÃ¶n") is put right, by ftfy."""
+    rules: tuple[Rules, ...] = ()
+    """Quality rules that a document must not break; `c4` also removes lines."""
+    masks: tuple[Masks, ...] = ()
+    """Addresses that are replaced by words."""
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes of the languages that are kept; all if empty."""
+    min_language_probability: float = 0.5
+    """Below it the language counts as unknown."""
 
     def __post_init__(self) -> None:
         if self.min_characters < 1:
             raise UserError(
                 f"the least number of characters is {self.min_characters}; it must be 1 or more"
             )
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise UserError(
+                f"the largest number of characters, {self.max_characters}, is below the least, "
+                f"{self.min_characters}; raise it"
+            )
+        if not 0 <= self.min_language_probability <= 1:
+            raise UserError(
+                f"the least probability of a language is {self.min_language_probability}; it must "
+                f"lie between 0 and 1"
+            )
+        for name, given, known in (
+            ("rule", self.rules, get_args(Rules)),
+            ("mask", self.masks, get_args(Masks)),
+        ):
+            for value in given:
+                if value not in known or given.count(value) > 1:
+                    raise UserError(
+                        f'{name} "{value}" is unknown or named twice; there are {", ".join(known)}'
+                    )
+        if self.languages:
+            known = known_languages()
+            for code in self.languages:
+                if code not in known:
+                    raise UserError(
+                        f'language "{code}" is not known to py3langid; it knows '
+                        f"{' '.join(sorted(known))}"
+                    )
+        if self.fix_unicode:
+            _fixer()
+
+    def words(self) -> list[str]:
+        """The options as words of a command line, none left to its default."""
+        words = ["--min-characters", str(self.min_characters)]
+        if self.max_characters is not None:
+            words += ["--max-characters", str(self.max_characters)]
+        words += ["--fix-unicode"] * self.fix_unicode
+        words += [word for rule in self.rules for word in ("--rule", rule)]
+        words += [word for mask in self.masks for word in ("--mask", mask)]
+        words += [word for code in self.languages for word in ("--language", code)]
+        if self.languages:
+            words += ["--min-language-probability", str(self.min_language_probability)]
+        return words
+
+    def packages(self) -> tuple[str, ...]:
+        """Distributions whose versions decide what these options do."""
+        return ("ftfy",) * self.fix_unicode + ("py3langid",) * bool(self.languages)
 
 
 @dataclass(frozen=True)
@@ -90,25 +162,85 @@ def _class_of(character: str) -> str:
 def clean_document(
     document: Document, options: CleaningOptions, report: ReadReport
 ) -> Document | None:
-    """Repair one document and decide whether it is kept.
+    """Repair and mask one document, and decide whether it is kept.
 
     Args:
         document: As it was read.
-        options: Which documents are kept.
-        report: Where removed characters and dropped documents are counted.
+        options: What is done and asked.
+        report: Where repairs, masks and dropped documents are counted.
 
     Returns:
-        The document with its repaired text, or None if it is too short.
+        The document with its text as it is to be encoded, or None if it is dropped.
     """
-    repaired = repair_text(document.text)
+    where = (document.source, document.position)
+    text = document.text
+    if options.fix_unicode and (fixed := _fixer()(text)) != text:
+        text = fixed
+        report.note("decoding repaired", *where)
+    repaired = repair_text(text)
+    text = repaired.text
     for kind, count in repaired.removed.items():
-        report.note(kind, document.source, document.position, count=count)
-    length = len(repaired.text.strip())
-    if length < options.min_characters:
-        detail = f"{length} characters, {options.min_characters} are asked for"
-        report.drop("too short", document.source, document.position, detail)
+        report.note(kind, *where, count=count)
+    if "c4" in options.rules:
+        lines = c4_lines(text)
+        for kind, count in lines.removed.items():
+            report.note(kind, *where, count=count)
+        if lines.text is None:
+            report.drop("C4 rule", *where, lines.failure)
+            return None
+        text = lines.text
+    for mask in options.masks:
+        text, count = _MASKERS[mask](text)
+        if count:
+            report.note(f"{mask} address masked", *where, count=count)
+    dropped = _reason_to_drop(text, options)
+    if dropped is not None:
+        report.drop(dropped[0], *where, dropped[1])
         return None
-    return replace(document, text=repaired.text)
+    return replace(document, text=text)
+
+
+_MASKERS: dict[Masks, Callable[[str], tuple[str, int]]] = {"email": mask_emails, "ip": mask_ips}
+
+
+def _reason_to_drop(text: str, options: CleaningOptions) -> tuple[str, str] | None:
+    """The class of the first thing that speaks against a text, and what was found."""
+    length = len(text.strip())
+    if length < options.min_characters:
+        return "too short", f"{length} characters, {options.min_characters} are asked for"
+    if options.max_characters is not None and length > options.max_characters:
+        return "too many characters", f"{length}, {options.max_characters} at most"
+    if "gopher" in options.rules and (failure := gopher_failure(text)):
+        return "Gopher quality rule", failure
+    if "repetition" in options.rules and (failure := repetition_failure(text)):
+        return "Gopher repetition rule", failure
+    if options.languages:
+        code, probability = identify_language(text)
+        known = probability >= options.min_language_probability
+        if not known or code not in options.languages:
+            return "language", f"{code} with probability {probability:.2f}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _fixer() -> Callable[[str], str]:
+    try:
+        from ftfy import TextFixerConfig, fix_text
+    except ImportError as error:
+        raise UserError(
+            "--fix-unicode needs the package ftfy; install it with pip install '.[clean]'"
+        ) from error
+    # Widths, ligatures and normal forms are the business of the tokenizer's normalization; quotes
+    # and entities are what somebody wrote.
+    config = TextFixerConfig(
+        unescape_html=False,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        uncurl_quotes=False,
+        normalization=None,
+        explain=False,
+    )
+    return lambda text: fix_text(text, config)
 
 
 def split_long(text: str, limit: int = CHUNK_BYTES) -> list[str]:

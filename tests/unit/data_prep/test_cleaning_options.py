@@ -1,0 +1,161 @@
+import sys
+
+import pytest
+
+from data_prep import cleaning
+from data_prep.cleaning import CleaningOptions, clean_document
+from data_prep.documents import Document
+from data_prep.errors import UserError
+from data_prep.language import identify_language, known_languages
+from data_prep.read_report import ReadReport
+
+SENTENCES = (
+    "The people of this country have built the roads that we travel to work each morning. "
+    "They have done it with their own hands, and nobody should be allowed to forget that. "
+    "In the years to come there will be more to build, and it will not be easy. "
+    "But the work is good work, and there is enough of it for all of us. "
+    "So let us begin with the bridge over the river, which has been closed since spring. "
+)
+GERMAN = (
+    "Die Menschen in diesem Land haben die Straßen gebaut, auf denen wir zur Arbeit fahren. " * 3
+)
+
+
+def clean(text: str, **options) -> tuple[str | None, ReadReport]:
+    report = ReadReport()
+    kept = clean_document(Document(text, "file", "line 3"), CleaningOptions(**options), report)
+    return (None if kept is None else kept.text), report
+
+
+def test_nothing_is_done_that_was_not_asked_for():
+    text = f"schÃ¶n a@b.de 8.8.8.8 {{ lorem ipsum {GERMAN}"
+    assert clean(text) == (text, ReadReport())
+
+
+def test_text_that_was_decoded_wrongly_is_put_right():
+    text, report = clean("schÃ¶n â€œsoâ€\x9d \u201cquoted\u201d &amp; \ufb01n", fix_unicode=True)
+    assert text == "schön \u201cso\u201d \u201cquoted\u201d &amp; \ufb01n"
+    assert report.notes == {"decoding repaired": 1}
+    assert clean("schön", fix_unicode=True) == ("schön", ReadReport())
+
+
+def test_addresses_are_masked_and_counted():
+    text, report = clean("a@b.de c@d.de 8.8.8.8", masks=("email", "ip"))
+    assert text == "email@example.com email@example.com 192.0.2.1"
+    assert report.notes == {"email address masked": 2, "ip address masked": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "reason", "detail"),
+    [
+        ("four", {"max_characters": 3}, "too many characters", "4, 3 at most"),
+        ("short", {"rules": ("gopher",)}, "Gopher quality rule", "1 words, 50 to 100000 are kept"),
+        (
+            "a line\n" * 9,
+            {"rules": ("repetition",)},
+            "Gopher repetition rule",
+            "89% of the lines are repeated, 30% at most",
+        ),
+        ("A { here.", {"rules": ("c4",)}, "C4 rule", "holds a curly bracket"),
+        (GERMAN, {"languages": ("en", "fr")}, "language", "de with probability "),
+        (
+            SENTENCES,
+            {"languages": ("en",), "min_language_probability": 1.0},
+            "language",
+            "en with probability ",
+        ),
+    ],
+)
+def test_what_breaks_a_rule_is_dropped_and_told(text, options, reason, detail):
+    if reason == "language" and options.get("min_language_probability") == 1.0:
+        text = "ok"  # of which no model can be certain
+    kept, report = clean(text, **options)
+    assert kept is None
+    assert report.dropped == {reason: 1}
+    [line] = report.lines()
+    assert line.startswith(f"file: line 3: {reason} (")
+    if text != "ok":
+        assert detail in line
+
+
+def test_good_text_passes_all_rules():
+    text = "A heading\n" + SENTENCES.strip()
+    kept, report = clean(
+        text, rules=("gopher", "repetition", "c4"), languages=("en",), min_characters=50
+    )
+    assert kept == SENTENCES.strip()
+    assert report.notes == {"line without an end mark removed": 1}
+    assert report.dropped == {}
+
+
+def test_lengths_are_those_of_what_is_left():
+    kept, report = clean("Too short.\n" * 30, rules=("c4",), min_characters=50)
+    assert (kept, report.dropped) == (None, {"C4 rule": 1})
+
+
+def test_languages_are_told():
+    assert identify_language(GERMAN)[0] == "de"
+    assert identify_language(SENTENCES)[0] == "en"
+    assert identify_language(SENTENCES)[1] > 0.9
+    assert {"en", "de", "zh", "ar"} <= known_languages()
+    assert 0 <= identify_language("")[1] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"max_characters": 3, "min_characters": 5},
+            "largest number of characters, 3, is below",
+        ),
+        (
+            {"rules": ("gofer",)},
+            'rule "gofer" is unknown or named twice; there are gopher, ',
+        ),
+        ({"masks": ("ip", "ip")}, 'mask "ip" is unknown or named twice; there are email, ip'),
+        (
+            {"languages": ("english",)},
+            'language "english" is not known to py3langid; it knows ace ',
+        ),
+        ({"min_language_probability": 2}, "probability of a language is 2; it must lie between"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        CleaningOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "package", "flag"),
+    [
+        ({"fix_unicode": True}, "ftfy", "--fix-unicode"),
+        ({"languages": ("en",)}, "py3langid", "--language"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(monkeypatch, options, package, flag):
+    from data_prep import language
+
+    cleaning._fixer.cache_clear()
+    language._identifier.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.langid", None)
+    with pytest.raises(UserError, match=f"{flag} needs the package {package}; install it with pip"):
+        CleaningOptions(**options)
+
+
+def test_options_become_words_and_name_their_packages():
+    options = CleaningOptions(
+        min_characters=5,
+        max_characters=900,
+        fix_unicode=True,
+        rules=("c4", "gopher"),
+        masks=("email",),
+        languages=("de", "en"),
+    )
+    assert " ".join(options.words()) == (
+        "--min-characters 5 --max-characters 900 --fix-unicode --rule c4 --rule gopher "
+        "--mask email --language de --language en --min-language-probability 0.5"
+    )
+    assert options.packages() == ("ftfy", "py3langid")
+    assert CleaningOptions().words() == ["--min-characters", "1"]
+    assert CleaningOptions().packages() == ()
