@@ -9,6 +9,7 @@ from torch import nn
 import pipeline
 from pipeline.config import RunConfig, ScheduleSection
 from pipeline.ds_config import DeepSpeedConfig, combine_checks
+from pipeline.mixture_sources import describe_mixture
 from pipeline.modeling.pair import NetworkPair
 from pipeline.resume import Accepted
 
@@ -90,6 +91,9 @@ def banner_lines(session: "Session", assembled: "Assembled") -> list[str]:
         f"program: deberta-pretrain {pipeline.__version__} from {Path(pipeline.__file__).parent}",
         "versions: " + ", ".join(f"{key} {value}" for key, value in versions if value),
         f"data: {assembled.data.describe()}",
+        *describe_mixture(
+            assembled.data.train, config.data, assembled.schedule.samples_by_length()
+        ),
         *([f"phases: {'; '.join(phases)}"] if phases else []),
         "parameters: " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()),
         *ds.explain(plan, config.data.sequence_length),

@@ -9,7 +9,7 @@ is about, so that `pipeline.config_loading` can say where the values came from.
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from pipeline.config_networks import (
     ModelSection,
@@ -50,6 +50,14 @@ class RunSection(Section):
     """Deterministic kernels only; an operation without one is an error, not a surprise."""
 
 
+SourceWeights = Annotated[
+    tuple[tuple[str, NonNegativeFloat], ...],
+    # A table to people and in files; a tuple to us, because configurations are hashed.
+    BeforeValidator(lambda value: tuple(value.items()) if isinstance(value, dict) else value),
+    PlainSerializer(dict),
+]
+
+
 class DataSection(Section):
     """[data]: which shards are read, and how sequences are cut from them."""
 
@@ -61,6 +69,17 @@ class DataSection(Section):
     """Sequences in one shuffled block (about 1 MiB at length 512); part of the sample order."""
     window_blocks: PositiveInt = 64
     """Blocks among which samples are permuted; part of the sample order."""
+    source_weights: SourceWeights = ()
+    """Source of the dataset -> how often it is read while a source of weight 1 is read once; 1
+    where not given, 0 leaves it out."""
+    sampling_exponent: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Sources are drawn in proportion to weight x tokens ^ exponent: 1 by size, 0 all alike, 0.3 as
+    for the languages of XLM-R."""
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether sources are drawn in other proportions than those of their sizes."""
+        return bool(self.source_weights) or self.sampling_exponent != 1.0
 
 
 class OptimizerSection(Section):

@@ -2,7 +2,7 @@
 
     1. `pipeline.sequences` cuts the stream into sequences and reads them.
     2. `pipeline.sample_order` permutes the sequences of every epoch; each sequence length has an
-       order of its own.
+       order of its own. Where sources have weights, `pipeline.mixture` chooses among them first.
     3. `pipeline.phases` says which positions of which order a step takes, and
        `TrainBatches.at_step` cuts them into micro batches by rank; another world size cuts the same
        samples. Without phases, step s takes [s * batch, (s + 1) * batch). Positions in the skip
@@ -13,6 +13,7 @@
 Nothing is remembered between steps: resuming is asking for another step.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ import numpy as np
 
 from pipeline.config import RunConfig
 from pipeline.ds_config import BatchPlan
+from pipeline.mixture import MixtureOrder
+from pipeline.mixture_sources import mixture_sources
 from pipeline.phases import TrainSchedule, train_schedule
 from pipeline.sample_order import (
     NOTHING_SKIPPED,
@@ -37,7 +40,7 @@ class TrainBatches:
 
     streams: Mapping[int, SequenceStream]
     """By sequence length."""
-    orders: Mapping[int, SampleOrder]
+    orders: Mapping[int, SampleOrder | MixtureOrder]
     """By sequence length."""
     schedule: TrainSchedule
     micro_batch_size: int
@@ -82,6 +85,22 @@ class TrainBatches:
             self._positions_before(step, length) / stream.num_sequences
             for length, stream in self.streams.items()
         )
+
+    def source_epochs_at(self, step: int) -> dict[str, float]:
+        """Give the passes over each source of a mixture after so many steps.
+
+        Args:
+            step: Completed optimizer steps.
+
+        Returns:
+            Source -> epochs, with fraction, added up over the sequence lengths; nothing where
+            sources are drawn by their sizes.
+        """
+        epochs: Counter[str] = Counter()
+        for length, order in self.orders.items():
+            if isinstance(order, MixtureOrder):
+                epochs.update(order.passes_before(self._positions_before(step, length)))
+        return dict(epochs)
 
     def _positions_before(self, step: int, sequence_length: int) -> int:
         """How far one length's order has been used up after so many steps."""
@@ -172,19 +191,9 @@ def train_batches(
     Raises:
         UserError: This world cannot split the batch of a phase that has not ended.
     """
-    data = config.data
     return TrainBatches(
         streams,
-        {
-            length: SampleOrder(
-                stream.num_sequences,
-                config.run.seed,
-                length,
-                data.block_sequences,
-                data.window_blocks,
-            )
-            for length, stream in streams.items()
-        },
+        {length: _order(config, stream) for length, stream in streams.items()},
         train_schedule(config, plan, first_step),
         plan.train_micro_batch_size_per_gpu,
         plan.world_size,
@@ -193,17 +202,26 @@ def train_batches(
     )
 
 
+def _order(config: RunConfig, stream: SequenceStream) -> SampleOrder | MixtureOrder:
+    """The endless order of the sequences of one length."""
+    data, seed, length = config.data, config.run.seed, stream.sequence_length
+    if data.is_mixture:
+        sources = mixture_sources(stream, data)
+        return MixtureOrder(sources, seed, length, data.block_sequences, data.window_blocks)
+    return SampleOrder(stream.num_sequences, seed, length, data.block_sequences, data.window_blocks)
+
+
 def heldout_batches(
-    stream: SequenceStream, max_sequences: int, batch_size: int, world_size: int, rank: int
+    stream: SequenceStream, chosen: Int64Array, batch_size: int, world_size: int, rank: int
 ) -> Iterator[tuple[SequenceBatch, bool]]:
-    """Read this rank's share of the first held-out sequences, the same ones every time.
+    """Read this rank's share of held-out sequences, the same ones every time.
 
     Every rank gets as many batches as the others, because a forward pass of a sharded model is a
     collective; one that has run out repeats the first sequence, marked as not real.
 
     Args:
         stream: The held-out split.
-        max_sequences: How many sequences all ranks read together.
+        chosen: int64 [n], the sequences that all ranks read together; at least one.
         batch_size: Sequences in one batch; the last one may be smaller.
         world_size: Number of ranks.
         rank: This rank.
@@ -211,10 +229,8 @@ def heldout_batches(
     Yields:
         (batch, whether it counts).
     """
-    count = min(max_sequences, stream.num_sequences)
-    for round_start in range(0, count, world_size * batch_size):
+    for round_start in range(0, len(chosen), world_size * batch_size):
         start = round_start + rank * batch_size
-        is_real = start < count
-        samples = np.arange(start, min(start + batch_size, count)) if is_real else np.zeros(1)
-        samples = samples.astype(np.int64)
+        is_real = start < len(chosen)
+        samples = chosen[start : start + batch_size] if is_real else chosen[:1]
         yield stream.batch(samples, np.zeros_like(samples)), is_real

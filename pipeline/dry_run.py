@@ -14,6 +14,7 @@ from pipeline.config import RunConfig
 from pipeline.ds_config import DeepSpeedConfig, combine_checks
 from pipeline.flops import training_flops
 from pipeline.initialize.pair import initialize_pair
+from pipeline.mixture_sources import describe_mixture
 from pipeline.phases import TrainSchedule, train_schedule
 from pipeline.run_data import RunData, open_run_data
 
@@ -39,7 +40,7 @@ def describe_run(config: RunConfig, ds: DeepSpeedConfig, world_size: int) -> lis
     lines = []
     if config.data.path:
         data = open_run_data(config)
-        lines.append(_data_line(data, schedule, config.schedule.max_steps))
+        lines += _data_lines(config, data, schedule)
         if config.initialize.path:
             lines += [f"start: {note}" for note in initialize_pair(config, data.tokenizer).notes]
     counts = parameter_counts(config)
@@ -64,11 +65,12 @@ def _run_line(config: RunConfig, schedule: TrainSchedule, train_batch_size: int)
     )
 
 
-def _data_line(data: RunData, schedule: TrainSchedule, steps: int) -> str:
-    """Say how often the dataset is read."""
-    epochs = sum(
-        schedule.samples_before(steps, length) / stream.num_sequences
-        for length, stream in data.train.items()
-    )
+def _data_lines(config: RunConfig, data: RunData, schedule: TrainSchedule) -> list[str]:
+    """Say how often the dataset is read, and each source of a mixture."""
+    samples = schedule.samples_by_length()
+    epochs = sum(samples[length] / each.num_sequences for length, each in data.train.items())
     tokens = data.train[data.heldout.sequence_length].num_tokens
-    return f"data: {tokens:,} training tokens, {epochs:.3g} epochs"
+    return [
+        f"data: {tokens:,} training tokens, {epochs:.3g} epochs",
+        *describe_mixture(data.train, config.data, samples),
+    ]

@@ -1,5 +1,6 @@
 """Which source every sample comes from: shares by weight and temperature, a function of position.
 
+    runs = source_runs(shards, content)                    shards -> sequences of each source
     shares = mixture_shares(tokens, weights, exponent)     sources -> parts of a cycle
     MixtureOrder(...).samples(positions)                   position -> epoch and sample
 
@@ -18,11 +19,38 @@ from functools import cached_property
 
 import numpy as np
 
+from data_prep.manifest import ShardInfo
 from pipeline.counter_rng import stream_key
 from pipeline.sample_order import Int64Array, SampleOrder, permute
 
 CYCLE = 1 << 16
 """Positions in which every source has its share; a share is a multiple of 1 in so many."""
+
+
+def source_runs(
+    shards: Sequence[ShardInfo], content: int
+) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Tell which sequences of a split belong to which source: that of their first token.
+
+    Args:
+        shards: Those of the split, in their order.
+        content: Tokens of a sequence, without [CLS] and [SEP].
+
+    Returns:
+        Source, in the order of its first shard -> (first, behind the last) of its sequences, run
+        by run; none for a source that lies within a sequence that another one begins.
+    """
+    runs: dict[str, list[tuple[int, int]]] = {}
+    start = 0
+    for shard in shards:
+        own = runs.setdefault(shard.source, [])
+        first, end = -(-start // content), -(-(start + shard.num_tokens) // content)
+        if own and own[-1][1] == first:
+            own[-1] = (own[-1][0], end)
+        elif first < end:
+            own.append((first, end))
+        start += shard.num_tokens
+    return {source: tuple(own) for source, own in runs.items()}
 
 
 def mixture_shares(

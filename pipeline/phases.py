@@ -91,6 +91,18 @@ class TrainSchedule:
         """
         return self.samples_before(step, self.phase_at(step).sequence_length)
 
+    def samples_by_length(self) -> dict[int, int]:
+        """Count the sequences of each length over the whole schedule.
+
+        Returns:
+            Sequence length -> sequences.
+        """
+        end = self.phases[-1].end_step
+        return {
+            phase.sequence_length: self.samples_before(end, phase.sequence_length)
+            for phase in self.phases
+        }
+
     def tokens_before(self, step: int) -> int:
         """Count tokens, padding included.
 

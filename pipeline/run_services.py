@@ -8,6 +8,7 @@ from pipeline.checkpoint import CheckpointStore
 from pipeline.engine import Engines
 from pipeline.evaluate.heldout import evaluate_heldout
 from pipeline.metrics_writer import MetricsWriter
+from pipeline.mixture_sources import heldout_samples
 from pipeline.progress import ProgressDisplay
 from pipeline.run_data import RunData
 from pipeline.session import Session
@@ -111,7 +112,9 @@ def evaluate(
             step.predict,
             stream=data.heldout,
             keys=data.heldout_keys,
-            max_sequences=session.config.evaluation.max_sequences,
+            chosen=heldout_samples(
+                data.heldout, session.config.data, session.config.evaluation.max_sequences
+            ),
             batch_size=session.plan.train_micro_batch_size_per_gpu,
             world=session.world,
             should_stop=should_stop,

@@ -12,6 +12,7 @@ made on the device.
 Letters: B sequences, L sequence length.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from data_prep.errors import CorruptError
 from data_prep.manifest import Split
 from data_prep.shards import Dataset
 from pipeline.counter_rng import sample_words
+from pipeline.mixture import source_runs
 from pipeline.sample_order import Int64Array
 
 PAD_ID, CLS_ID, SEP_ID, UNK_ID = 0, 1, 2, 3
@@ -99,6 +101,26 @@ class SequenceStream:
         self.sequence_length = sequence_length
         self.num_tokens = dataset.split_tokens(split)
         self.num_sequences = -(-self.num_tokens // self._content)
+
+    def source_runs(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        """Tell which sequences belong to which source.
+
+        Returns:
+            As `mixture.source_runs`.
+        """
+        shards = [reader.info for reader in self._dataset.readers(self._split)]
+        return source_runs(shards, self._content)
+
+    def source_tokens(self) -> dict[str, int]:
+        """Count the tokens of each source.
+
+        Returns:
+            Source, in the order of its first shard -> tokens of the split.
+        """
+        tokens: Counter[str] = Counter()
+        for reader in self._dataset.readers(self._split):
+            tokens[reader.info.source] += reader.info.num_tokens
+        return dict(tokens)
 
     def batch(self, samples: Int64Array, epochs: Int64Array) -> SequenceBatch:
         """Read sequences.

@@ -178,6 +178,7 @@ class Trainer:
             **self._interval.take(),
             **self._delta_figure(),
             "train/epochs": self._batches.epochs_at(self.state.step),
+            **self._source_epochs(),
             **self._optimizer_figures(result.outcomes),
             **self._clock.take(),
             **self._slowest_rank_ratio,
@@ -185,6 +186,10 @@ class Trainer:
         if services.metrics is not None and services.progress is not None:
             services.metrics.write(self.state.step, figures)
             services.progress.show(self.state.step, figures)
+
+    def _source_epochs(self) -> dict[str, float]:
+        epochs = self._batches.source_epochs_at(self.state.step)
+        return {f"train/epochs/{source}": value for source, value in epochs.items()}
 
     def _delta_figure(self) -> dict[str, float]:
         """How far E_D has moved from E_G; a collective."""

@@ -5,7 +5,7 @@ tokens) without dropout, and the area under the discriminator's ROC curve: 0.5 f
 tell, whatever the share of replaced tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from pipeline.modeling.pair import PairOutput
 from pipeline.objective_keys import ObjectiveKeys
 from pipeline.rtd import DrawKey
 from pipeline.runtime import World
+from pipeline.sample_order import Int64Array
 from pipeline.sequences import SequenceBatch, SequenceStream
 
 _BINS = 8192
@@ -77,7 +78,7 @@ def evaluate_heldout(
     *,
     stream: SequenceStream,
     keys: ObjectiveKeys,
-    max_sequences: int,
+    chosen: Mapping[str, Int64Array],
     batch_size: int,
     world: World,
     should_stop: Callable[[], bool] = lambda: False,
@@ -88,30 +89,51 @@ def evaluate_heldout(
         predict: Computes both losses, in evaluation mode.
         stream: The held-out split.
         keys: Masks and draws of the held-out split.
-        max_sequences: How many sequences all ranks read together.
+        chosen: Source, or "" -> the sequences that all ranks read together, as
+            `data.heldout_samples`.
         batch_size: Sequences in one forward pass.
         world: This process's place.
         should_stop: Asked before every batch, with the same answer on all ranks.
 
     Returns:
-        The `eval/*` figures, or None where evaluation was stopped.
+        The `eval/*` figures over all sequences, with those of each named source behind its name
+        ("eval/mlm_loss/wiki"); None where evaluation was stopped.
     """
-    sums, roc = StepSums(world.device), RocHistogram(world.device)
-    for host_batch, is_real in heldout_batches(
-        stream, max_sequences, batch_size, world.world_size, world.rank
-    ):
-        if should_stop():
-            return None
-        batch = host_batch.to(world.device)
-        slots = keys.mask(batch)
-        mlm, rtd, corrupted = predict(batch, slots, keys.draw(batch))
-        if not is_real:
-            continue
-        sums.add_generator(mlm, slots.valid_BK)
-        if rtd is not None and corrupted is not None:
-            is_replaced_BL, mask_BL = corrupted.is_replaced_BL, batch.attention_mask()
-            sums.add_discriminator(rtd, is_replaced_BL, mask_BL)
-            roc.add(rtd.logits_BL, is_replaced_BL, mask_BL)
-    figures = ratios(sums.reduce(), "eval")
+    roc = RocHistogram(world.device)
+    total = StepSums(world.device).vector
+    by_source: dict[str, float] = {}
+    for source, samples in chosen.items():
+        sums = StepSums(world.device)
+        for host_batch, is_real in heldout_batches(
+            stream, samples, batch_size, world.world_size, world.rank
+        ):
+            if should_stop():
+                return None
+            batch = host_batch.to(world.device)
+            slots = keys.mask(batch)
+            output = predict(batch, slots, keys.draw(batch))
+            if is_real:
+                _count(sums, roc, batch, slots, output)
+        vector = sums.reduce()
+        total += vector
+        if source:
+            named = ratios(vector, "eval").items()
+            by_source |= {f"{figure}/{source}": value for figure, value in named}
     area = roc.area()
-    return figures if area is None else {**figures, "eval/rtd_auc": area}
+    auc = {} if area is None else {"eval/rtd_auc": area}
+    return {**ratios(total, "eval"), **auc, **by_source}
+
+
+def _count(
+    sums: StepSums,
+    roc: RocHistogram,
+    batch: SequenceBatch,
+    slots: MaskedBatch,
+    output: PairOutput,
+) -> None:
+    mlm, rtd, corrupted = output
+    sums.add_generator(mlm, slots.valid_BK)
+    if rtd is not None and corrupted is not None:
+        is_replaced_BL, mask_BL = corrupted.is_replaced_BL, batch.attention_mask()
+        sums.add_discriminator(rtd, is_replaced_BL, mask_BL)
+        roc.add(rtd.logits_BL, is_replaced_BL, mask_BL)

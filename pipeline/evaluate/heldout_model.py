@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_prep.errors import UserError
@@ -104,7 +105,7 @@ def evaluate_heldout_model(
         pair.predict,
         stream=stream,
         keys=ObjectiveKeys(config.objective, config.run.seed, length, vocabulary, "heldout"),
-        max_sequences=count,
+        chosen={"": np.arange(min(count, stream.num_sequences), dtype=np.int64)},
         batch_size=batch_size or pretrained.micro_batch_size,
         world=World(rank=0, local_rank=0, world_size=1, device=chosen),
     )

@@ -19,7 +19,7 @@ LAYERS = {
     "config_loading ds_checks ds_config ds_schema findings flops phases resume_rules schedule "
     "terminal plan",
     2: "modeling counter_rng masking masking_words rtd data sample_order sequences masking_host "
-    "mixture",
+    "mixture mixture_sources",
     3: "optimizer metrics metrics_writer runtime run_folder throughput prefetch progress faults "
     "watchdog hang_report rendezvous run_lock stragglers stop_signal skip_list spikes profiling "
     "memory_snapshot compilation",

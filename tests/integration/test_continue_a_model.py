@@ -12,6 +12,7 @@ from pipeline.evaluate.heldout import evaluate_heldout
 from pipeline.guard import losses_above_start
 from pipeline.hf_layout import repository_config, repository_tensors
 from pipeline.initialize.pair import initialize_pair
+from pipeline.mixture_sources import heldout_samples
 from pipeline.run_data import open_run_data
 from pipeline.runtime import World
 from tests.forked_worlds import train
@@ -89,7 +90,7 @@ def figures_of(trained, path):
         predict,
         stream=data.heldout,
         keys=data.heldout_keys,
-        max_sequences=config.evaluation.max_sequences,
+        chosen=heldout_samples(data.heldout, config.data, config.evaluation.max_sequences),
         batch_size=16,
         world=World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu")),
     )

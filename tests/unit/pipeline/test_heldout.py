@@ -91,7 +91,7 @@ def evaluate(num_tokens, max_sequences=100, batch_size=3, **options):
         pair.predict,
         stream=stream,
         keys=keys,
-        max_sequences=max_sequences,
+        chosen={"": np.arange(min(max_sequences, stream.num_sequences), dtype=np.int64)},
         batch_size=batch_size,
         world=options.pop("world", ALONE),
         **options,
