@@ -13,7 +13,7 @@ another dataset on another machine.
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,15 +80,16 @@ class BuildOptions:
             "text-field": self.read.text_field,
             "txt-document": self.read.txt_document,
             "max-document-bytes": self.read.max_document_bytes,
-            "min-characters": self.cleaning.min_characters,
+        }
+        others = {
             "heldout-fraction": self.heldout_fraction,
             "unit-bytes": self.unit_bytes,
             "shard-tokens": self.shard_tokens,
         }
         if self.dedup is not None:
             # Not the folder's name: what determines the bytes is what it holds.
-            values |= {"dedup": self.dedup.fingerprint, "duplicates": self.duplicates}
-        return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+            others |= {"dedup": self.dedup.fingerprint, "duplicates": self.duplicates}
+        return [*_as_words(values), *self.cleaning.words(), *_as_words(others)]
 
     def reading_words(self) -> list[str]:
         """Those of `words` that decide which documents there are, and in which unit."""
@@ -146,7 +147,7 @@ class BuildPlan:
             options.dedup.refuse_other_input(source_infos, plan_sha256, reading)
         return cls(
             command=shlex.join([*words, *options.words()]),
-            software={name: version_of(name) for name in SOFTWARE},
+            software={name: version_of(name) for name in (*SOFTWARE, *options.cleaning.packages())},
             tokenizer_fingerprint=tokenizer.fingerprint,
             sources=source_infos,
             plan_sha256=plan_sha256,
@@ -168,6 +169,10 @@ class BuildPlan:
             UserError: they differ; the message says in what.
         """
         refuse_difference(self.to_dict(), stored, output, state)
+
+
+def _as_words(values: Mapping[str, object]) -> list[str]:
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
 def describe_input(

@@ -11,10 +11,10 @@ decoding, control characters, C4's lines, masks, lengths, Gopher's rules, langua
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from data_prep.documents import Document
 from data_prep.errors import UserError
@@ -90,22 +90,72 @@ class CleaningOptions:
         if self.fix_unicode:
             _fixer()
 
+    @classmethod
+    def parse(cls, words: Sequence[str], min_characters: int = 1) -> "CleaningOptions":
+        """Read the words of `--clean`.
+
+        Args:
+            words: Each a rule, a mask, "fix-unicode", "language=CODE[,CODE]",
+                "min-language-probability=P" or "max-characters=N".
+            min_characters: As the field.
+
+        Returns:
+            The options.
+
+        Raises:
+            UserError: A word is unknown, named twice, or its value impossible.
+        """
+        given: dict[str, Any] = {"rules": (), "masks": ()}
+        for word in words:
+            key, _, value = word.partition("=")
+            if word in get_args(Rules):
+                given["rules"] += (word,)
+            elif word in get_args(Masks):
+                given["masks"] += (word,)
+            elif key not in _VALUES or bool(value) == (key == "fix-unicode"):
+                raise UserError(f"--clean {word} is unknown; there are {', '.join(CLEANING_WORDS)}")
+            elif _VALUES[key][0] in given:
+                raise UserError(f"--clean {key} is given twice; give it once")
+            else:
+                field, convert = _VALUES[key]
+                try:
+                    given[field] = convert(value)
+                except ValueError as error:
+                    raise UserError(f"--clean {word}: {value} is not a number") from error
+        return cls(min_characters=min_characters, **given)
+
     def words(self) -> list[str]:
-        """The options as words of a command line, none left to its default."""
-        words = ["--min-characters", str(self.min_characters)]
+        """The options as pairs of words of a command line; `parse` reads those of --clean."""
+        clean = [*self.rules, *self.masks]
+        clean += ["fix-unicode"] * self.fix_unicode
         if self.max_characters is not None:
-            words += ["--max-characters", str(self.max_characters)]
-        words += ["--fix-unicode"] * self.fix_unicode
-        words += [word for rule in self.rules for word in ("--rule", rule)]
-        words += [word for mask in self.masks for word in ("--mask", mask)]
-        words += [word for code in self.languages for word in ("--language", code)]
+            clean.append(f"max-characters={self.max_characters}")
         if self.languages:
-            words += ["--min-language-probability", str(self.min_language_probability)]
-        return words
+            clean.append(f"language={','.join(self.languages)}")
+            clean.append(f"min-language-probability={self.min_language_probability}")
+        pairs = [word for each in clean for word in ("--clean", each)]
+        return ["--min-characters", str(self.min_characters), *pairs]
 
     def packages(self) -> tuple[str, ...]:
         """Distributions whose versions decide what these options do."""
         return ("ftfy",) * self.fix_unicode + ("py3langid",) * bool(self.languages)
+
+
+_VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "fix-unicode": ("fix_unicode", lambda _: True),
+    "max-characters": ("max_characters", int),
+    "language": ("languages", lambda value: tuple(value.split(","))),
+    "min-language-probability": ("min_language_probability", float),
+}
+CLEANING_WORDS = (
+    *get_args(Rules),
+    *get_args(Masks),
+    "fix-unicode",
+    "max-characters=N",
+    "language=CODE,...",
+    "min-language-probability=P",
+)
+"""What --clean takes, in words for messages."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +278,7 @@ def _fixer() -> Callable[[str], str]:
         from ftfy import TextFixerConfig, fix_text
     except ImportError as error:
         raise UserError(
-            "--fix-unicode needs the package ftfy; install it with pip install '.[clean]'"
+            "--clean fix-unicode needs the package ftfy; install it with pip install '.[clean]'"
         ) from error
     # Widths, ligatures and normal forms are the business of the tokenizer's normalization; quotes
     # and entities are what somebody wrote.

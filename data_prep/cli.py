@@ -21,7 +21,7 @@ from data_prep.build import MAX_MALFORMED
 from data_prep.build import build as run_build
 from data_prep.build_plan import SHARD_TOKENS, BuildOptions
 from data_prep.build_steps import BuildReport
-from data_prep.cleaning import CleaningOptions
+from data_prep.cleaning import CLEANING_WORDS, CleaningOptions
 from data_prep.commands_dedup import dedup_command
 from data_prep.dedup_decisions import Decisions, Duplicates
 from data_prep.documents import ACCEPTED, ReadOptions, ReadReport
@@ -63,6 +63,12 @@ DedupOption = Annotated[
 ]
 DuplicatesOption = Annotated[
     Duplicates, typer.Option(help="With --dedup: keep them in one split with the first.")
+]
+CleanOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WORD", help=f"What to clean by; may be repeated: {', '.join(CLEANING_WORDS)}."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -128,6 +134,7 @@ def build(
     txt_document: TxtDocumentOption = DEFAULTS.txt_document,
     max_document_bytes: MaxDocumentBytesOption = DEFAULTS.max_document_bytes,
     min_characters: Annotated[int, typer.Option(help="Shorter documents are dropped.")] = 1,
+    clean: CleanOption = None,
     heldout_fraction: Annotated[
         float, typer.Option(help="Share of the documents that is held out for evaluation.")
     ] = 0.01,
@@ -165,7 +172,7 @@ def build(
     """
     options = BuildOptions(
         read=ReadOptions(text_field, txt_document, max_document_bytes),
-        cleaning=CleaningOptions(min_characters),
+        cleaning=CleaningOptions.parse(clean or (), min_characters),
         heldout_fraction=heldout_fraction,
         unit_bytes=unit_bytes,
         shard_tokens=shard_tokens,

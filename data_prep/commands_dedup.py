@@ -27,6 +27,11 @@ _LINE_SECONDS = 10.0
 _SHOWN_CLUSTERS = 5
 _READ = ReadOptions()
 _MINHASH = MinHashOptions()
+_AsForBuild = Annotated[int, typer.Option(help="As for build.")]
+_JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_CleanOption = Annotated[
+    list[str] | None, typer.Option(metavar="WORD", help="As for build; may be repeated.")
+]
 
 
 def dedup_command(
@@ -71,12 +76,11 @@ def dedup_command(
     txt_document: Annotated[
         Literal["file", "line"], typer.Option(help="As for build.")
     ] = _READ.txt_document,
-    max_document_bytes: Annotated[
-        int, typer.Option(help="As for build.")
-    ] = _READ.max_document_bytes,
-    min_characters: Annotated[int, typer.Option(help="As for build.")] = 1,
-    unit_bytes: Annotated[int, typer.Option(help="As for build.")] = TARGET_BYTES,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    max_document_bytes: _AsForBuild = _READ.max_document_bytes,
+    min_characters: _AsForBuild = 1,
+    clean: _CleanOption = None,
+    unit_bytes: _AsForBuild = TARGET_BYTES,
+    as_json: _JsonOption = False,
 ) -> None:
     """Find duplicates, near-duplicates and evaluation text; run again to continue.
 
@@ -90,7 +94,7 @@ def dedup_command(
     options = DedupOptions(
         build=BuildOptions(
             read=ReadOptions(text_field, txt_document, max_document_bytes),
-            cleaning=CleaningOptions(min_characters),
+            cleaning=CleaningOptions.parse(clean or (), min_characters),
             unit_bytes=unit_bytes,
         ),
         minhash=None if exact_only else MinHashOptions(threshold, shingle_words, bands, rows),

@@ -40,6 +40,6 @@ def _identifier() -> Any:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         raise UserError(
-            "--language needs the package py3langid; install it with pip install '.[clean]'"
+            "--clean language needs the package py3langid; install it with pip install '.[clean]'"
         ) from error
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -1,12 +1,17 @@
+import json
 import sys
+from importlib.metadata import version
 
 import pytest
+from typer.testing import CliRunner
 
 from data_prep import cleaning
 from data_prep.cleaning import CleaningOptions, clean_document
+from data_prep.cli import app
 from data_prep.documents import Document
 from data_prep.errors import UserError
 from data_prep.language import identify_language, known_languages
+from data_prep.manifest import Manifest
 from data_prep.read_report import ReadReport
 
 SENTENCES = (
@@ -128,8 +133,8 @@ def test_impossible_options_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "package", "flag"),
     [
-        ({"fix_unicode": True}, "ftfy", "--fix-unicode"),
-        ({"languages": ("en",)}, "py3langid", "--language"),
+        ({"fix_unicode": True}, "ftfy", "--clean fix-unicode"),
+        ({"languages": ("en",)}, "py3langid", "--clean language"),
     ],
 )
 def test_a_package_that_is_not_installed_is_named(monkeypatch, options, package, flag):
@@ -152,10 +157,44 @@ def test_options_become_words_and_name_their_packages():
         masks=("email",),
         languages=("de", "en"),
     )
-    assert " ".join(options.words()) == (
-        "--min-characters 5 --max-characters 900 --fix-unicode --rule c4 --rule gopher "
-        "--mask email --language de --language en --min-language-probability 0.5"
+    words = options.words()
+    assert " ".join(words) == (
+        "--min-characters 5 --clean c4 --clean gopher --clean email --clean fix-unicode "
+        "--clean max-characters=900 --clean language=de,en --clean min-language-probability=0.5"
     )
+    assert CleaningOptions.parse(words[3::2], 5) == options
     assert options.packages() == ("ftfy", "py3langid")
     assert CleaningOptions().words() == ["--min-characters", "1"]
     assert CleaningOptions().packages() == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gofer"], "--clean gofer is unknown; there are gopher, repetition, c4, email, ip, fix"),
+        (["language"], "--clean language is unknown; there are"),
+        (["fix-unicode=1"], "--clean fix-unicode=1 is unknown; there are"),
+        (["max-characters=many"], "--clean max-characters=many: many is not a number"),
+        (["language=en", "language=de"], "--clean language is given twice; give it once"),
+        (["c4", "c4"], 'rule "c4" is unknown or named twice'),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        CleaningOptions.parse(words)
+
+
+def test_a_build_cleans_and_counts(tmp_path, tokenizer_folder):
+    rows = [SENTENCES, GERMAN, f"{SENTENCES} Write to a@b.de!", "A { here."]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    words = ["build", str(tmp_path / "a.jsonl"), "--tokenizer", str(tokenizer_folder), "--output"]
+    words += [str(tmp_path / "out"), "--heldout-fraction", "0", "--clean", "c4", "--clean", "email"]
+    result = CliRunner().invoke(app, [*words, "--clean", "language=en"])
+    assert result.exit_code == 0, result.output
+    manifest = Manifest.load(tmp_path / "out")[0]
+    # The German text has three sentences, fewer than C4 asks for; so has the one with a brace.
+    assert manifest.dropped == {"C4 rule": 2}
+    assert manifest.notes == {"email address masked": 1}
+    assert manifest.num_documents() == 2
+    assert "--clean c4 --clean email --clean language=en" in manifest.command
+    assert manifest.software["py3langid"] == version("py3langid")
