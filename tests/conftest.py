@@ -1,6 +1,7 @@
 """What the whole suite shares: one small corpus, tokenizer and dataset, and a tiny run on them."""
 
 import collections
+import contextlib
 import gc
 import json
 import os
@@ -15,6 +16,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# A GPU machine tests without it.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    # An example's time is the machine's load: what hangs is ended by the timeout of its test.
+    settings.register_profile("any load", deadline=None)
+    settings.load_profile("any load")
 
 TINY_RUN = """
 [data]

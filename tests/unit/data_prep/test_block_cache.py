@@ -93,7 +93,7 @@ PLACES = st.one_of(
 ).map(lambda place: min(max(place, 0), COUNTS[0]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(PLACES, PLACES), min_size=1, max_size=4), st.sampled_from([1, 2, 100]))
 def test_a_read_is_a_slice(originals, tokens, hashes, ranges, extents):
     cache = cache_of(originals, hashes, extents)

@@ -75,7 +75,7 @@ SHARDS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SHARDS, st.data())
 def test_a_split_is_its_shards_end_to_end(tmp_path_factory, shards, data):
     dataset = make_dataset(tmp_path_factory.mktemp("d"), shards)
