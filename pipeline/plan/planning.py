@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Share of the GPUs' dense bf16 rate."""
+        """Share of the dense rate of the GPUs' tensor cores, whatever the run's precision."""
         peak = self.cluster.gpu.half_flops * self.cluster.num_gpus
         return self.tokens_per_second * self.flops_per_token / peak
 

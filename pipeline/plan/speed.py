@@ -65,9 +65,14 @@ _UPDATE_BYTES = 28  # Adam reads four fp32 numbers and writes three
 _NORM_BYTES = 12  # gradients are read for their norm, then scaled
 
 
+def _product_rate(gpu: Gpu, precision: str) -> float:
+    """FLOP/s in large matrix products."""
+    return PRODUCT_SHARE * (gpu.fp32_flops if precision == "fp32" else gpu.half_flops)
+
+
 @dataclass(frozen=True)
 class LayerWork:
-    """One encoder layer of a network at one length, on one GPU, in bf16.
+    """One encoder layer of a network at one length, on one GPU.
 
     Attributes:
         config: The run.
@@ -89,8 +94,7 @@ class LayerWork:
 
     @property
     def _product_rate(self) -> float:
-        peak = self.gpu.fp32_flops if self.precision == "fp32" else self.gpu.half_flops
-        return PRODUCT_SHARE * peak
+        return _product_rate(self.gpu, self.precision)
 
     @property
     def _columns(self) -> int:
@@ -226,8 +230,7 @@ def token_seconds(config: RunConfig, gpu: Gpu, precision: str, length: int) -> f
             layers += _decoder_share(config, length, share) - 1
             total += _mlm_head_seconds(config, gpu, precision, share)
         else:
-            rate = PRODUCT_SHARE * gpu.half_flops
-            total += 6 * network.hidden_size**2 / rate
+            total += 6 * network.hidden_size**2 / _product_rate(gpu, precision)
         total += layers * layer.seconds_per_token()
     return total
 
@@ -248,7 +251,6 @@ def _mlm_head_seconds(config: RunConfig, gpu: Gpu, precision: str, share: float)
     """The generator's head at masked slots; logits are computed twice."""
     network, vocabulary = config.generator, config.model.vocab_size
     width = network.word_embedding_size
-    peak = gpu.fp32_flops if precision == "fp32" else gpu.half_flops
     products = 2 * width * (3 * network.hidden_size + 4 * vocabulary)
     form = "compiled" if config.model.compile == "layer" else "torch"
     parts = _HEAD_BYTES["fused" if config.model.attention_backend == "triton" else form]
@@ -256,7 +258,7 @@ def _mlm_head_seconds(config: RunConfig, gpu: Gpu, precision: str, share: float)
     if config.discriminator is not None:
         moved += parts["draws"]
     bandwidth = MEMORY_SHARE * gpu.memory_bytes_per_second
-    return share * (products / (PRODUCT_SHARE * peak) + moved * vocabulary / bandwidth)
+    return share * (products / _product_rate(gpu, precision) + moved * vocabulary / bandwidth)
 
 
 def micro_step_seconds(
