@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,17 @@ def test_a_fused_compiled_layer_is_fastest():
     assert max(rates, key=rates.__getitem__) == ("triton", "layer")
     # Reference: the same roofline of an ideal two-stage design, whose head costs nothing.
     assert rates["triton", "layer"] < 114_000
+
+
+def test_fp32_products_do_not_run_on_tensor_cores():
+    slower = replace(H100, name="NVIDIA L4")
+    assert slower.half_flops < H100.half_flops
+    fp32, bf16 = (
+        [token_seconds(LARGE, gpu, precision, 512) for gpu in (H100, slower)]
+        for precision in ("fp32", "bf16")
+    )
+    assert fp32[0] == fp32[1]
+    assert bf16[0] < bf16[1]
 
 
 def test_speed_falls_with_dropout_that_is_not_compiled():
