@@ -10,8 +10,8 @@ first window    the first 32,768 sequences only, which touch a quarter of the by
 IndexedDataset  megatron-core's reader (or its format read the same way) in random order, as its
                 shuffled index asks for it, no checks: a page fault or two for a sequence
 memmap          the same with slices of a plain array
-disk alone      our files read end to end into one buffer and nothing done with them: what this disk
-                gives, which no reader of all the data can exceed
+disk alone      our files read end to end into a buffer and nothing done with them, in one stream
+four streams    the same by four threads, as many as hash blocks in ours: what this disk gives
 
 A system reads far around the first hundred faults of a map (8 MiB each where that is its
 read-ahead) and then stops: peers fault 256 times before their clock runs, which leaves up to a
@@ -24,6 +24,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ STORED = 1024 * 1024  # 2.1 GB in 32 windows
 RANDOM, BEFORE = 4_096, 256
 SEQUENCES, STEP = 64, 4_096
 WINDOW = BLOCK_SEQUENCES * WINDOW_BLOCKS
-ROUNDS = 3
+ROUNDS = 5
 
 
 def drop(folder: Path) -> None:
@@ -96,13 +97,19 @@ def slices(folder: Path) -> Callable[[int], Any]:
     return lambda sample: tokens[sample * CONTENT : (sample + 1) * CONTENT]
 
 
-def end_to_end(folder: Path) -> None:
-    """Every byte of our token files, in blocks."""
-    into = np.empty(BLOCK_BYTES, np.uint8).data
-    for path in sorted((folder / "dataset").glob("*.tokens.npy")):
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(into):
-                pass
+def end_to_end(folder: Path, streams: int) -> None:
+    """Every byte of our token files, in blocks, of which each stream takes the next one."""
+
+    def read(path: Path, first: int) -> None:
+        into = np.empty(BLOCK_BYTES, np.uint8).data
+        descriptor = os.open(path, os.O_RDONLY)
+        for start in range(first * BLOCK_BYTES, path.stat().st_size, streams * BLOCK_BYTES):
+            os.preadv(descriptor, [into], start)
+        os.close(descriptor)
+
+    with ThreadPoolExecutor(streams) as pool:
+        for path in sorted((folder / "dataset").glob("*.tokens.npy")):
+            list(pool.map(lambda first, path=path: read(path, first), range(streams)))
 
 
 def benchmark(_device: str) -> Outcome:
@@ -120,7 +127,8 @@ def benchmark(_device: str) -> Outcome:
         cases = [
             Case("whole pass", lambda: ours(folder, STORED), forget),
             Case("first window", lambda: ours(folder, WINDOW), forget),
-            Case("disk alone", lambda: end_to_end(folder), forget),
+            Case("disk alone", lambda: end_to_end(folder, 1), forget),
+            Case("four streams", lambda: end_to_end(folder, 4), forget),
             Case("IndexedDataset", indexed, indexed.prepare),
             Case("memmap", memmap, memmap.prepare),
         ]
@@ -139,10 +147,10 @@ def benchmark(_device: str) -> Outcome:
         pairs=[
             *(
                 (case, peer)
-                for case in ("whole pass", "first window", "disk alone")
+                for case in ("whole pass", "first window", "disk alone", "four streams")
                 for peer in ("IndexedDataset", "memmap")
             ),
-            ("whole pass", "disk alone"),
+            *(("whole pass", limit) for limit in ("disk alone", "four streams")),
         ],
         shape={
             "length": LENGTH,
