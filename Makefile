@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	# The authors' v2-era encoder, a judge in tests/numerics; its own dependencies no longer install.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt deberta==0.1.12
-	# The judge of exported datasets: its reader needs none of the package's dependencies.
+	# The judge of exported datasets and a peer of the loader; its reader needs no other package.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt megatron-core==0.16.1
 	touch $(STAMP)
 
@@ -64,8 +64,6 @@ matrix: $(STAMP)
 	$(BIN)/python -m tests.matrix.run --output tests/matrix/results/matrix.json
 
 bench: $(STAMP)
-	# A peer of the loader; what it needs is here already.
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt megatron-core
 	$(BIN)/python tests/benchmarks/run.py
 
 gpu:

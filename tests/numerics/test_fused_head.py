@@ -10,10 +10,13 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from pipeline.config import ObjectiveSection
+from pipeline.config_loading import load_run_config
 from pipeline.modeling import heads, vocabulary_sums
 from pipeline.modeling.kernels import serving, tile_table
 from pipeline.modeling.kernels.vocabulary_traffic import head_backward_traffic, head_forward_traffic
 from pipeline.modeling.networks import Generator
+from pipeline.plan.activations import masked_slots
+from pipeline.plan.workspaces import logits_workspace
 from pipeline.rtd import DrawKey, gumbel_noise
 from tests.interpreting import forget_kernels, needs_triton
 from tests.reference.fused_head import KEY, HeadBatch, kernel_noise
@@ -233,6 +236,19 @@ def test_the_forward_pass_launches_on_the_device_of_its_tensors(monkeypatch):
     monkeypatch.setattr(host, "launch", watch)
     batch.head("fused", 20)
     assert launched == [[batch.weights[0].shape]] * 4
+
+
+@needs_triton
+@pytest.mark.parametrize(("dtype", "in_place"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_the_planner_knows_what_a_chunk_holds(dtype, in_place):
+    config = load_run_config("demo", ["model.attention_backend=triton", "model.vocab_size=400"])
+    product, bias = torch.zeros(masked_slots(128, config.objective), 400), torch.zeros(400)
+    zero = torch.zeros(len(product))
+    sums = (zero, zero + 1, zero, torch.zeros_like(zero, dtype=torch.int64))
+    gradient, _ = serving.host("vocabulary").chunk_gradient(product, bias, *sums, 0, dtype)
+    assert (gradient.data_ptr() == product.data_ptr()) == in_place
+    held = {each.data_ptr(): each.nbytes for each in (product, gradient)}
+    assert logits_workspace(config, 1, 128, dtype.itemsize) == sum(held.values())
 
 
 def section(backend, **model):

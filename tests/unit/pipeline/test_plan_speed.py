@@ -163,3 +163,11 @@ def test_half_of_what_is_sent_while_computing_is_hidden():
     assert hidden == pytest.approx(
         min(HIDDEN_SHARE * micro_steps * gradients / ring, steps[1].computing), rel=0.01
     )
+
+
+def test_what_outlasts_computing_is_waited_for():
+    zero = {"stage": 2, "overlap_comm": True}
+    step = plan_of(LARGE, Cluster.of(H100, 64, 8, 0.01), zero_optimization=zero).step
+    apart = plan_of(LARGE, Cluster.of(H100, 64, 8, 0.01), zero_optimization={"stage": 2}).step
+    assert apart.exposed == pytest.approx(step.communicating)
+    assert apart.exposed - step.exposed == pytest.approx(step.computing)
