@@ -14,7 +14,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from data_prep.cleaning import CleaningOptions
 from data_prep.dedup_decisions import Decisions, Duplicates
 from data_prep.documents import ReadOptions, Unit
 from data_prep.errors import UserError
+from data_prep.handling import Handling, SourceHandling
 from data_prep.manifest import SourceInfo
 from data_prep.source_units import TARGET_BYTES
 from data_prep.tokenizer import Tokenizer
@@ -55,6 +56,9 @@ class BuildOptions:
         dedup: decisions about the documents; None to keep all of them.
         duplicates: what becomes of duplicates that `dedup` found: `drop` them, or `keep` them in
             the split of the one that they resemble. Documents that hold evaluation text go anyway.
+        others: sources that are read and cleaned in ways of their own.
+        weights: sources and how often training reads them; 1 where not given.
+        recipe: the file that said all of this, as the user named it; empty where the command did.
     """
 
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -64,6 +68,14 @@ class BuildOptions:
     shard_tokens: int = SHARD_TOKENS
     dedup: Decisions | None = None
     duplicates: Duplicates = "drop"
+    others: tuple[tuple[str, SourceHandling], ...] = ()
+    weights: tuple[tuple[str, float], ...] = ()
+    recipe: str = ""
+
+    @property
+    def handling(self) -> Handling:
+        """How every source is read and cleaned."""
+        return Handling(SourceHandling(self.read, self.cleaning), self.others)
 
     def __post_init__(self) -> None:
         if not 0 <= self.heldout_fraction <= 0.5:
@@ -76,11 +88,6 @@ class BuildOptions:
 
     def words(self) -> list[str]:
         """The options as words of the command line, none left to its default."""
-        values = {
-            "text-field": self.read.text_field,
-            "txt-document": self.read.txt_document,
-            "max-document-bytes": self.read.max_document_bytes,
-        }
         others = {
             "heldout-fraction": self.heldout_fraction,
             "unit-bytes": self.unit_bytes,
@@ -89,7 +96,7 @@ class BuildOptions:
         if self.dedup is not None:
             # Not the folder's name: what determines the bytes is what it holds.
             others |= {"dedup": self.dedup.fingerprint, "duplicates": self.duplicates}
-        return [*_as_words(values), *self.cleaning.words(), *_as_words(others)]
+        return [*self.handling.default.words(), *_as_words(others)]
 
     def reading_words(self) -> list[str]:
         """Those of `words` that decide which documents there are, and in which unit."""
@@ -140,16 +147,20 @@ class BuildPlan:
         Raises:
             UserError: the decisions of a deduplication are about another input.
         """
-        words = ["deberta-prep", "build", *sources, "--tokenizer", str(tokenizer_path)]
-        source_infos, plan_sha256 = describe_input(sources, units)
+        given = ["--recipe", options.recipe] if options.recipe else sources
+        words = ["deberta-prep", "build", *given, "--tokenizer", str(tokenizer_path)]
+        source_infos, plan_sha256 = describe_input(sources, units, options.handling)
         if options.dedup is not None:
             reading = shlex.join(options.reading_words())
             options.dedup.refuse_other_input(source_infos, plan_sha256, reading)
         return cls(
             command=shlex.join([*words, *options.words()]),
-            software={name: version_of(name) for name in (*SOFTWARE, *options.cleaning.packages())},
+            software={name: version_of(name) for name in (*SOFTWARE, *options.handling.packages())},
             tokenizer_fingerprint=tokenizer.fingerprint,
-            sources=source_infos,
+            sources=tuple(
+                replace(info, weight=dict(options.weights).get(info.name, 1.0))
+                for info in source_infos
+            ),
             plan_sha256=plan_sha256,
         )
 
@@ -176,22 +187,24 @@ def _as_words(values: Mapping[str, object]) -> list[str]:
 
 
 def describe_input(
-    sources: Sequence[str], units: Sequence[Unit]
+    sources: Sequence[str], units: Sequence[Unit], handling: Handling
 ) -> tuple[tuple[SourceInfo, ...], str]:
     """Describe what is read.
 
     Args:
         sources: as the user named them.
         units: what they were divided into.
+        handling: how they are read and cleaned.
 
     Returns:
-        The sources with their sizes, and the sha256 of the list of units.
+        The sources with their sizes and own options, and the sha256 of the list of units.
     """
     input_bytes = dict.fromkeys(sources, 0)
     for unit in units:
         input_bytes[unit.source] += unit.num_bytes
     listing = json.dumps([unit.to_dict() for unit in units])
-    infos = tuple(SourceInfo(name, count) for name, count in input_bytes.items())
+    own = {name: shlex.join(way.words()) for name, way in handling.others}
+    infos = tuple(SourceInfo(name, count, own.get(name, "")) for name, count in input_bytes.items())
     return infos, hashlib.sha256(listing.encode()).hexdigest()
 
 

@@ -105,8 +105,7 @@ class PlannedBuild:
         return UnitJob(
             work=work,
             tokenizer=store_tokenizer(self.tokenizer_path, work),
-            read_options=self.options.read,
-            cleaning_options=self.options.cleaning,
+            handling=self.options.handling,
             heldout_fraction=self.options.heldout_fraction,
             shard_tokens=self.options.shard_tokens,
             dedup=None if dedup is None else dedup.folder.resolve(),
@@ -271,7 +270,10 @@ def plan_build(
         raise UserError(f"--max-malformed {max_malformed}: must lie between 0 and 1")
     _check_apart(sources, output)
     reading = ReadReport()
-    units = plan_units(sources, options.read, options.unit_bytes, reading)
+    handling = options.handling
+    units = plan_units(
+        sources, options.read, options.unit_bytes, reading, lambda name: handling.of(name).read
+    )
     model = Tokenizer.load(tokenizer)
     plan = BuildPlan.make(sources, tokenizer, model, options, units)
     return PlannedBuild(

@@ -23,6 +23,7 @@ from data_prep.build_plan import SHARD_TOKENS, BuildOptions
 from data_prep.build_steps import BuildReport
 from data_prep.cleaning import CLEANING_WORDS, CleaningOptions
 from data_prep.commands_dedup import dedup_command
+from data_prep.commands_recipe import RecipeOption, sources_and_options
 from data_prep.dedup_decisions import Decisions, Duplicates
 from data_prep.documents import ACCEPTED, ReadOptions, ReadReport
 from data_prep.errors import UserError
@@ -47,6 +48,16 @@ app = typer.Typer(
 SourcesArgument = Annotated[
     list[str],
     typer.Argument(metavar="SOURCE", help=f"Files, folders or quoted globs: {ACCEPTED}."),
+]
+ShardTokensOption = Annotated[
+    int, typer.Option(help="A shard of this many tokens takes no further document.")
+]
+MaxMalformedOption = Annotated[
+    float, typer.Option(help="Share of malformed inputs above which the build stops.")
+]
+RecipeSourcesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SOURCE", help=f"Files, folders, URLs or quoted globs: {ACCEPTED}."),
 ]
 DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Dataset folder.")]
 TextFieldOption = Annotated[
@@ -114,7 +125,10 @@ def train_tokenizer(
 
 @app.command()
 def build(
-    sources: SourcesArgument,
+    context: typer.Context,
+    sources: RecipeSourcesArgument = None,
+    recipe: RecipeOption = None,
+    *,
     tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder, or a .model file.")],
     output: Annotated[Path, typer.Option(help="Dataset folder to make, or to go on with.")],
     workers: Annotated[
@@ -141,12 +155,8 @@ def build(
     unit_bytes: Annotated[
         int, typer.Option(help="Input bytes of one unit of work; part of what decides the shards.")
     ] = TARGET_BYTES,
-    shard_tokens: Annotated[
-        int, typer.Option(help="A shard of this many tokens takes no further document.")
-    ] = SHARD_TOKENS,
-    max_malformed: Annotated[
-        float, typer.Option(help="Share of malformed inputs above which the build stops.")
-    ] = MAX_MALFORMED,
+    shard_tokens: ShardTokensOption = SHARD_TOKENS,
+    max_malformed: MaxMalformedOption = MAX_MALFORMED,
     dedup: DedupOption = None,
     duplicates: DuplicatesOption = "drop",
     as_json: JsonOption = False,
@@ -176,8 +186,9 @@ def build(
         heldout_fraction=heldout_fraction,
         unit_bytes=unit_bytes,
         shard_tokens=shard_tokens,
-        duplicates=duplicates,
     )
+    named, options = sources_and_options(context, sources, recipe, options)
+    options = replace(options, duplicates=duplicates)
     task = ArrayTask.from_environment(os.environ) if executor == "slurm-array" else None
     with open_executor(executor, workers) as pool:
         if pool is None:
@@ -185,7 +196,7 @@ def build(
         if dedup is not None:
             options = replace(options, dedup=Decisions.open(dedup))
         with console.until_interrupted(output), console.BuildProgress() as progress:
-            words = (sources, tokenizer, output, options, pool)
+            words = (named, tokenizer, output, options, pool)
             hooks = (progress.start, progress.advance, max_malformed)
             if task is None:
                 report = run_build(*words, *hooks)

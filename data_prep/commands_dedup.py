@@ -14,6 +14,7 @@ from data_prep.array_build import ShareReport
 from data_prep.array_tasks import ArrayTask
 from data_prep.build_plan import BuildOptions
 from data_prep.cleaning import CleaningOptions
+from data_prep.commands_recipe import RecipeOption, sources_and_options
 from data_prep.decontamination import NGRAM_WORDS
 from data_prep.dedup import DedupOptions, DedupReport, deduplicate
 from data_prep.dedup_clusters import REMOVED_NAME
@@ -27,6 +28,13 @@ _LINE_SECONDS = 10.0
 _SHOWN_CLUSTERS = 5
 _READ = ReadOptions()
 _MINHASH = MinHashOptions()
+_NgramOption = Annotated[
+    int, typer.Option(help="Words in a row that must not occur in an evaluation file.")
+]
+_SourcesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SOURCE", help=f"Files, folders or quoted globs: {ACCEPTED}."),
+]
 _AsForBuild = Annotated[int, typer.Option(help="As for build.")]
 _JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _CleanOption = Annotated[
@@ -35,10 +43,10 @@ _CleanOption = Annotated[
 
 
 def dedup_command(
-    sources: Annotated[
-        list[str],
-        typer.Argument(metavar="SOURCE", help=f"Files, folders or quoted globs: {ACCEPTED}."),
-    ],
+    context: typer.Context,
+    sources: _SourcesArgument = None,
+    recipe: RecipeOption = None,
+    *,
     output: Annotated[Path, typer.Option(help="Folder of decisions to make, or to go on with.")],
     workers: Annotated[
         int | None, typer.Option(help="Processes here, or in each array task. 1 if not given.")
@@ -69,9 +77,7 @@ def dedup_command(
         list[str] | None,
         typer.Option(metavar="FIELD", help="Field of it that holds text; may be repeated. [text]"),
     ] = None,
-    ngram_words: Annotated[
-        int, typer.Option(help="Words in a row that must not occur in an evaluation file.")
-    ] = NGRAM_WORDS,
+    ngram_words: _NgramOption = NGRAM_WORDS,
     text_field: Annotated[str, typer.Option(help="As for build.")] = _READ.text_field,
     txt_document: Annotated[
         Literal["file", "line"], typer.Option(help="As for build.")
@@ -91,12 +97,14 @@ def dedup_command(
 
     Example: deberta-prep dedup corpus --output decisions --workers 8 --decontaminate 'glue/*.jsonl'
     """
+    build = BuildOptions(
+        read=ReadOptions(text_field, txt_document, max_document_bytes),
+        cleaning=CleaningOptions.parse(clean or (), min_characters),
+        unit_bytes=unit_bytes,
+    )
+    named, build = sources_and_options(context, sources, recipe, build)
     options = DedupOptions(
-        build=BuildOptions(
-            read=ReadOptions(text_field, txt_document, max_document_bytes),
-            cleaning=CleaningOptions.parse(clean or (), min_characters),
-            unit_bytes=unit_bytes,
-        ),
+        build=build,
         minhash=None if exact_only else MinHashOptions(threshold, shingle_words, bands, rows),
         evaluation_files=tuple(decontaminate or ()),
         evaluation_fields=tuple(decontaminate_field or ("text",)),
@@ -109,9 +117,9 @@ def dedup_command(
         tell = _Progress().tell
         with console.until_interrupted(output):
             if task is None:
-                report = deduplicate(sources, output, options, pool, tell)
+                report = deduplicate(named, output, options, pool, tell)
             else:
-                report = deduplicate_share(sources, output, options, pool, task, tell)
+                report = deduplicate_share(named, output, options, pool, task, tell)
         _print(report, as_json)
 
 

@@ -153,8 +153,7 @@ class PlannedDedup:
                 self.evaluation.save(folder)
         return SketchJob(
             work=self.work,
-            read_options=self.options.build.read,
-            cleaning_options=self.options.build.cleaning,
+            handling=self.options.build.handling,
             minhash=self.options.minhash,
             has_evaluation=self.evaluation is not None,
         )
@@ -175,19 +174,23 @@ def plan_dedup(sources: Sequence[str], output: Path, options: DedupOptions) -> P
         UserError: bad input.
     """
     began, reading, build = time.monotonic(), ReadReport(), options.build
-    units = plan_units(sources, build.read, build.unit_bytes, reading)
+    handling = build.handling
+    units = plan_units(
+        sources, build.read, build.unit_bytes, reading, lambda source: handling.of(source).read
+    )
     evaluation = None
     if options.evaluation_files:
         fields = options.evaluation_fields
         evaluation = read_evaluation(options.evaluation_files, fields, options.ngram_words)
-    infos, plan_sha256 = describe_input(sources, units)
+    infos, plan_sha256 = describe_input(sources, units, handling)
     plan = {
         "command": shlex.join(["deberta-prep", "dedup", *sources, *options.words()]),
         "software": {
             "deberta-pretrain": version_of("deberta-pretrain"),
             "unicode": unicodedata.unidata_version,
+            **{name: version_of(name) for name in handling.packages()},
         },
-        "sources": [[info.name, info.input_bytes] for info in infos],
+        "sources": [[info.name, info.input_bytes, info.options] for info in infos],
         "reading": shlex.join(build.reading_words()),
         "plan_sha256": plan_sha256,
         "evaluation_sha256": "" if evaluation is None else evaluation.sha256,

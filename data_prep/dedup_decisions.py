@@ -187,7 +187,7 @@ class Decisions:
             UserError: it does not; the message says in what they differ.
         """
         now = {
-            "sources": [[source.name, source.input_bytes] for source in sources],
+            "sources": [[source.name, source.input_bytes, source.options] for source in sources],
             "reading": reading,
             "plan_sha256": plan_sha256,
         }

@@ -16,7 +16,6 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from data_prep.cleaning import CleaningOptions, clean_document
 from data_prep.decontamination import Evaluation, Overlap
 from data_prep.dedup_files import (
     OVERLAPS_NAME,
@@ -26,7 +25,8 @@ from data_prep.dedup_files import (
     sketch_name,
     step_folder,
 )
-from data_prep.documents import Document, ReadOptions, Unit, read_unit
+from data_prep.documents import Document, Unit
+from data_prep.handling import Handling, kept_documents
 from data_prep.minhash import MinHashOptions, band_hashes, shingles_of, signatures
 from data_prep.read_report import ReadReport
 from data_prep.splits import split_digest
@@ -44,15 +44,13 @@ class SketchJob:
 
     Args:
         work: the work folder.
-        read_options: how sources are read.
-        cleaning_options: which documents are kept.
+        handling: how sources are read and cleaned.
         minhash: how near-duplicates are found; None if only exact ones are.
         has_evaluation: whether the work folder holds an evaluation.
     """
 
     work: Path
-    read_options: ReadOptions
-    cleaning_options: CleaningOptions
+    handling: Handling
     minhash: MinHashOptions | None
     has_evaluation: bool
 
@@ -84,7 +82,7 @@ def _sketch(job: SketchJob, unit: Unit, folder: Path) -> None:
     content = hashlib.blake2b(digest_size=16)
     num_documents = num_overlaps = 0
     with (folder / OVERLAPS_NAME).open("w", encoding="ascii") as overlaps:
-        for batch in _batches(_kept_documents(job, unit, report)):
+        for batch in _batches(kept_documents(unit, job.handling, report)):
             hashed = hash_texts([document.text for document in batch])
             is_removed = np.zeros(len(batch), bool)
             if evaluation is not None:
@@ -113,13 +111,6 @@ def _sketch(job: SketchJob, unit: Unit, folder: Path) -> None:
 def _write_overlap(overlaps: TextIO, ngram: str, found: Overlap) -> None:
     entry = {"ngram": ngram, "evaluation_file": found.file, "evaluation_place": found.place}
     overlaps.write(json.dumps(entry) + "\n")
-
-
-def _kept_documents(job: SketchJob, unit: Unit, report: ReadReport) -> Iterator[Document]:
-    for document in read_unit(unit, job.read_options, report):
-        kept = clean_document(document, job.cleaning_options, report)
-        if kept is not None:
-            yield kept
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

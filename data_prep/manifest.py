@@ -53,14 +53,26 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """One source as it was named on the command line, and the bytes of its files."""
+    """One source as the user named it.
+
+    Args:
+        name: file, folder, glob or URL.
+        input_bytes: bytes of its files.
+        options: how it was read and cleaned, where that is not the command's; words of a command.
+        weight: how often training reads it while a source of weight 1 is read once.
+    """
 
     name: str
     input_bytes: int
+    options: str = ""
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         _check(isinstance(self.name, str), f"source name {self.name!r} is not text")
         _check_count("input_bytes", self.input_bytes)
+        _check(isinstance(self.options, str), "source options are not text")
+        is_number = isinstance(self.weight, int | float) and 0 <= self.weight < float("inf")
+        _check(is_number, f"source weight {self.weight!r} is impossible")
 
 
 @dataclass(frozen=True)

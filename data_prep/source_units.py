@@ -10,7 +10,7 @@ compressed file cannot be entered in the middle and is one unit; so are .json, .
 records do not begin at line ends or have their names in the first row.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -113,6 +113,7 @@ def plan_units(
     options: ReadOptions,
     target_bytes: int = TARGET_BYTES,
     report: ReadReport | None = None,
+    options_of: Callable[[str], ReadOptions] | None = None,
 ) -> list[Unit]:
     """Divide the sources into units of work.
 
@@ -121,6 +122,7 @@ def plan_units(
         options: How they are read.
         target_bytes: Size that a unit aims at, in bytes on disk.
         report: Where ignored files are noted; None to forget them.
+        options_of: Source -> how it is read, where sources are read in different ways.
 
     Returns:
         The units, numbered from 0; the same list for the same input, wherever it is made.
@@ -138,7 +140,8 @@ def plan_units(
             raise UserError(f"source {source} is named twice; name it once")
         files = find_source_files(source, report)
         _refuse_twice(source, files, seen)
-        for parts in _group_parts(_file_parts(files, options, target_bytes), target_bytes):
+        own = options if options_of is None else options_of(source)
+        for parts in _group_parts(_file_parts(files, own, target_bytes), target_bytes):
             units.append(Unit(index=len(units), source=source, parts=parts))
     return units
 

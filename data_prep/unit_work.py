@@ -21,10 +21,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from data_prep.cleaning import CleaningOptions, clean_document
 from data_prep.dedup_decisions import OVERLAP, REASONS, Decisions, Duplicates
-from data_prep.documents import Document, ReadOptions, Unit, read_unit
+from data_prep.documents import Document, Unit
 from data_prep.errors import UserError
+from data_prep.handling import Handling, kept_documents
 from data_prep.manifest import (
     ShardInfo,
     Split,
@@ -55,8 +55,7 @@ class UnitJob:
     Args:
         work: folder of the unit folders.
         tokenizer: tokenizer folder or model file.
-        read_options: how sources are read.
-        cleaning_options: which documents are kept.
+        handling: how sources are read and cleaned.
         heldout_fraction: share of the documents that goes to the split `heldout`, in [0, 1).
         shard_tokens: a shard that holds this many tokens takes no further document.
         dedup: folder of the decisions about duplicates; None if there are none.
@@ -66,8 +65,7 @@ class UnitJob:
 
     work: Path
     tokenizer: Path
-    read_options: ReadOptions
-    cleaning_options: CleaningOptions
+    handling: Handling
     heldout_fraction: float
     shard_tokens: int
     dedup: Path | None = None
@@ -204,11 +202,8 @@ def _kept_documents(job: UnitJob, unit: Unit, report: ReadReport) -> Iterator[_K
     decisions = None
     if job.dedup is not None:
         decisions = _load_decisions(job.dedup, job.dedup_fingerprint).of_unit(unit.index)
-    for document in read_unit(unit, job.read_options, report):
-        kept = clean_document(document, job.cleaning_options, report)
-        if kept is None:
-            continue
-        text = kept.text.encode()
+    for document in kept_documents(unit, job.handling, report):
+        text = document.text.encode()
         digest = split_digest(text)
         decision = None if decisions is None else decisions.next(digest)
         if decision is not None:
@@ -219,7 +214,7 @@ def _kept_documents(job: UnitJob, unit: Unit, report: ReadReport) -> Iterator[_K
                 continue
             report.note(reason, document.source, document.position)
             digest = decision.split
-        yield _Kept(kept, len(text), split_of(digest, job.heldout_fraction))
+        yield _Kept(document, len(text), split_of(digest, job.heldout_fraction))
     if decisions is not None:
         decisions.finish(f"unit {unit.index} ({unit.parts[0].path} ...)")
 

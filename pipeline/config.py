@@ -70,16 +70,11 @@ class DataSection(Section):
     window_blocks: PositiveInt = 64
     """Blocks among which samples are permuted; part of the sample order."""
     source_weights: SourceWeights = ()
-    """Source of the dataset -> how often it is read while a source of weight 1 is read once; 1
-    where not given, 0 leaves it out."""
+    """Source of the dataset -> how often it is read while a source of weight 1 is read once, 0
+    leaves it out; where not given, what the dataset's recipe says, or 1."""
     sampling_exponent: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Sources are drawn in proportion to weight x tokens ^ exponent: 1 by size, 0 all alike, 0.3 as
     for the languages of XLM-R."""
-
-    @property
-    def is_mixture(self) -> bool:
-        """Whether sources are drawn in other proportions than those of their sizes."""
-        return bool(self.source_weights) or self.sampling_exponent != 1.0
 
 
 class OptimizerSection(Section):

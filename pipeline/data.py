@@ -22,7 +22,7 @@ import numpy as np
 from pipeline.config import RunConfig
 from pipeline.ds_config import BatchPlan
 from pipeline.mixture import MixtureOrder
-from pipeline.mixture_sources import mixture_sources
+from pipeline.mixture_sources import is_mixture, mixture_sources
 from pipeline.phases import TrainSchedule, train_schedule
 from pipeline.sample_order import (
     NOTHING_SKIPPED,
@@ -205,7 +205,7 @@ def train_batches(
 def _order(config: RunConfig, stream: SequenceStream) -> SampleOrder | MixtureOrder:
     """The endless order of the sequences of one length."""
     data, seed, length = config.data, config.run.seed, stream.sequence_length
-    if data.is_mixture:
+    if is_mixture(stream, data):
         sources = mixture_sources(stream, data)
         return MixtureOrder(sources, seed, length, data.block_sequences, data.window_blocks)
     return SampleOrder(stream.num_sequences, seed, length, data.block_sequences, data.window_blocks)

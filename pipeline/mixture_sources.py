@@ -1,5 +1,6 @@
 """A run's mixture: what its configuration makes of the sources of a dataset.
 
+- `is_mixture`: whether there is one.
 - `mixture_sources`: the sources that training draws from, with their shares.
 - `heldout_samples`: which held-out sequences are evaluated, source by source.
 - `describe_mixture`: shares and epochs of a run in words.
@@ -19,6 +20,19 @@ from pipeline.sequences import SequenceStream
 _SHOWN = 20
 
 
+def is_mixture(stream: SequenceStream, data: DataSection) -> bool:
+    """Tell whether sources are drawn in other proportions than those of their sizes.
+
+    Args:
+        stream: A split.
+        data: Weights and exponent.
+
+    Returns:
+        Whether the configuration or the dataset's recipe gives weights, or an exponent below 1.
+    """
+    return bool(data.source_weights or stream.source_weights()) or data.sampling_exponent != 1.0
+
+
 def mixture_sources(stream: SequenceStream, data: DataSection) -> tuple[MixtureSource, ...]:
     """Divide a split among its sources as the configuration asks.
 
@@ -33,8 +47,8 @@ def mixture_sources(stream: SequenceStream, data: DataSection) -> tuple[MixtureS
         UserError: A weight names no source of the split, or none is left to draw from.
     """
     runs, tokens = stream.source_runs(), stream.source_tokens()
-    given = dict(data.source_weights)
-    for name in given:
+    given = {**stream.source_weights(), **dict(data.source_weights)}
+    for name, _ in data.source_weights:
         if name not in runs:
             near = get_close_matches(name, runs, n=1)
             hint = f'; did you mean "{near[0]}"?' if near else "."
@@ -71,7 +85,7 @@ def heldout_samples(
         Source -> int64 [n], its first sequences, equally many of each as far as they reach; in a
         run that draws by size the first ones of the split, under the name "".
     """
-    if not data.is_mixture:
+    if not is_mixture(stream, data):
         count = min(max_sequences, stream.num_sequences)
         return {"": np.arange(count, dtype=np.int64)}
     runs = {name: own for name, own in stream.source_runs().items() if own}
@@ -100,7 +114,7 @@ def describe_mixture(
     Raises:
         UserError: As for `mixture_sources`.
     """
-    if not data.is_mixture:
+    if not any(is_mixture(stream, data) for stream in streams.values()):
         return []
     shares: dict[str, float] = {}
     epochs: dict[str, float] = {}

@@ -111,6 +111,15 @@ class SequenceStream:
         shards = [reader.info for reader in self._dataset.readers(self._split)]
         return source_runs(shards, self._content)
 
+    def source_weights(self) -> dict[str, float]:
+        """Look up what the dataset's recipe says of its sources.
+
+        Returns:
+            Source -> weight, for those whose weight is not 1.
+        """
+        sources = self._dataset.manifest.sources
+        return {source.name: source.weight for source in sources if source.weight != 1.0}
+
     def source_tokens(self) -> dict[str, int]:
         """Count the tokens of each source.
 

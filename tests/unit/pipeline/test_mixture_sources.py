@@ -6,16 +6,24 @@ import pytest
 from data_prep.errors import UserError
 from pipeline.config import DataSection
 from pipeline.mixture import CYCLE, source_runs
-from pipeline.mixture_sources import describe_mixture, heldout_samples, mixture_sources
+from pipeline.mixture_sources import (
+    describe_mixture,
+    heldout_samples,
+    is_mixture,
+    mixture_sources,
+)
 from pipeline.sequences import SequenceStream
 
 LENGTH = 12  # 10 tokens of text
 
 
-def stream(*shards: tuple[str, int]) -> SequenceStream:
+def stream(*shards: tuple[str, int], **weights: float) -> SequenceStream:
     infos = [SimpleNamespace(source=source, num_tokens=count) for source, count in shards]
     dataset = SimpleNamespace(
         split_tokens=lambda split: sum(count for _, count in shards),
+        manifest=SimpleNamespace(
+            sources=[SimpleNamespace(name=n, weight=w) for n, w in weights.items()]
+        ),
         readers=lambda split: [SimpleNamespace(info=info) for info in infos],
     )
     return SequenceStream(dataset, "train", LENGTH)  # pyright: ignore[reportArgumentType]
@@ -109,3 +117,14 @@ def test_a_mixture_is_told_in_words():
         "mixture: web 0.333 of the samples, 1 epochs; wiki 0.333 of the samples, 4 epochs; "
         "last 0.333 of the samples, 10 epochs"
     )
+
+
+def test_weights_of_the_recipe_hold_where_the_configuration_says_nothing():
+    some = stream(("a", 100), ("b", 100), ("c", 100), a=3.0, b=0.0, c=1.0)
+    assert is_mixture(some, DataSection())
+    sources = mixture_sources(some, DataSection())
+    assert [(source.name, source.share) for source in sources] == [("a", 49152), ("c", 16384)]
+    config = DataSection.model_validate({"source_weights": {"b": 1, "a": 1}})
+    assert [source.name for source in mixture_sources(some, config)] == ["a", "b", "c"]
+    assert set(heldout_samples(some, DataSection(), 6)) == {"a", "b", "c"}
+    assert not is_mixture(stream(("a", 100), a=1.0), DataSection())
