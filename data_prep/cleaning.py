@@ -198,7 +198,9 @@ def _is_sound(text: str) -> bool:
         data = text.encode("utf-8")
     except UnicodeEncodeError:
         return False
-    return len(data.translate(None, _CONTROL_BYTES)) == len(data) and not _C1_BYTES.search(data)
+    if len(data.translate(None, _CONTROL_BYTES)) != len(data):
+        return False
+    return len(data) == len(text) or not _C1_BYTES.search(data)
 
 
 def _class_of(character: str) -> str:
@@ -247,7 +249,7 @@ def clean_document(
     if dropped is not None:
         report.drop(dropped[0], *where, dropped[1])
         return None
-    return replace(document, text=text)
+    return document if text is document.text else replace(document, text=text)
 
 
 _MASKERS: dict[Masks, Callable[[str], tuple[str, int]]] = {"email": mask_emails, "ip": mask_ips}

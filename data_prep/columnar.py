@@ -106,13 +106,34 @@ def iter_rows(
     return rows(path, text_field, limit, start, end)
 
 
+def _checked(column: "pa.Array") -> "pa.Array":
+    """The values as binary, perhaps in a dictionary or as views, all of them where they say.
+
+    As binary, since Arrow does not check that a string is UTF-8, and Python would raise in
+    mid-batch. And checked, since an Arrow file is used as it lies on the disk: broken offsets in
+    it would be taken for places in memory.
+
+    Raises:
+        ArrowInvalid: They are not.
+    """
+    import pyarrow as pa
+
+    column.validate()
+    if pa.types.is_dictionary(column.type):
+        return pa.DictionaryArray.from_arrays(column.indices, _checked(column.dictionary))
+    is_view = pa.types.is_string_view(column.type)
+    # Only offsets are copied, and none of views.
+    column = column.cast(pa.binary_view() if is_view else pa.large_binary())
+    column.validate(full=True)
+    return column
+
+
 def _rows_of(column: "pa.Array", first_row: int, limit: int) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    # As binary: Arrow does not check that a string is UTF-8, and Python would raise in mid-batch.
+        column = column.dictionary.take(column.indices)
     column = column.cast(pa.large_binary())
     sizes = pc.binary_length(column).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
     for index, size in enumerate(sizes):
@@ -126,8 +147,12 @@ def _rows_of(column: "pa.Array", first_row: int, limit: int) -> Iterator[Row]:
 def _check_column(schema: "pa.Schema", text_field: str, num_rows: int) -> None:
     import pyarrow as pa
 
-    if schema.names.count(text_field) != 1:
-        has = ", ".join(schema.names[:10])
+    try:
+        names = schema.names
+    except UnicodeDecodeError as error:
+        raise DamagedTable("the name of a column is not UTF-8") from error
+    if names.count(text_field) != 1:
+        has = ", ".join(names[:10])
         raise UnusableColumn("missing field", f'no column "{text_field}" (has: {has})', num_rows)
     found = schema.field(text_field).type
     values = found.value_type if pa.types.is_dictionary(found) else found
@@ -196,7 +221,7 @@ def _parquet_rows(
                 for batch in file.iter_batches(
                     batch_rows, row_groups=[group], columns=[text_field], use_threads=False
                 ):
-                    yield from _rows_of(batch.column(0), row, limit)
+                    yield from _rows_of(_checked(batch.column(0)), row, limit)
                     row += batch.num_rows
             except _table_errors() as error:
                 raise _as_damage(error) from error
@@ -247,8 +272,11 @@ def _arrow_rows(
             return
         if index >= start:
             _check_column(batch.schema, text_field, batch.num_rows)
-            column = batch.column(batch.schema.get_field_index(text_field))
-            for first in range(0, batch.num_rows, _MAX_BATCH_ROWS):
-                yield from _rows_of(column.slice(first, _MAX_BATCH_ROWS), row + first, limit)
+            try:
+                column = _checked(batch.column(batch.schema.get_field_index(text_field)))
+                for first in range(0, batch.num_rows, _MAX_BATCH_ROWS):
+                    yield from _rows_of(column.slice(first, _MAX_BATCH_ROWS), row + first, limit)
+            except _table_errors() as error:
+                raise _as_damage(error) from error
         row += batch.num_rows
         index += 1

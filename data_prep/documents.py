@@ -102,10 +102,15 @@ def read_unit(unit: Unit, options: ReadOptions, report: ReadReport) -> Iterator[
                     report.drop("empty text", part.path, place)
                     continue
                 report.documents += 1
-                report.text_bytes += len(text.encode("utf-8", "surrogatepass"))
+                report.text_bytes += _utf8_bytes(text)
                 yield Document(text, part.path, place)
         except OSError as error:
             raise unreadable(part.path, error) from error
+
+
+def _utf8_bytes(text: str) -> int:
+    # Python knows of every string whether it is ASCII; encoding it to count takes a copy.
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _check_unchanged(part: UnitPart) -> None:

@@ -142,12 +142,12 @@ def _vocabulary(proto: Any) -> list[tuple[str, float]]:
     score below that of their characters together, theirs are never the best.
     """
     visible = (proto.SentencePiece.NORMAL, proto.SentencePiece.USER_DEFINED)
-    lowest = min(piece.score for piece in proto.pieces)
-    longest = max(len(piece.piece) for piece in proto.pieces if piece.type not in visible)
+    # Read once: a field of a message costs more than all that is done with it here.
+    pieces = [(piece.piece, piece.score, piece.type in visible) for piece in proto.pieces]
+    lowest = min(score for _, score, _ in pieces)
+    longest = max(len(piece) for piece, _, is_visible in pieces if not is_visible)
     hidden = (longest + 1) * lowest
-    return [
-        (piece.piece, piece.score if piece.type in visible else hidden) for piece in proto.pieces
-    ]
+    return [(piece, score if is_visible else hidden) for piece, score, is_visible in pieces]
 
 
 def _build_normalizer(spec: Any) -> Any:

@@ -18,8 +18,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TextIO
+
+import numpy as np
 
 from data_prep.dedup_decisions import OVERLAP, REASONS, Decisions, Duplicates
 from data_prep.documents import Document, Unit
@@ -236,17 +239,33 @@ def _write_documents(
     documents: Sequence[_Kept], encoder: BulkEncoder, shards: "UnitShards", report: ReadReport
 ) -> None:
     encoded = encoder.encode([kept.document.text for kept in documents])
-    start = 0
-    for (document, num_bytes, split), end in zip(
-        documents, encoded.text_ends.tolist(), strict=True
-    ):
-        if end == start:
-            report.drop("no tokens", document.source, document.position)
-            continue
-        writer = shards.writer(split)
-        writer.write(encoded.ids[start:end])
-        writer.end_document(num_bytes)
-        start = end
+    sizes = np.diff(encoded.text_ends, prepend=0)
+    for place in np.flatnonzero(sizes == 0).tolist():
+        document = documents[place].document
+        report.drop("no tokens", document.source, document.position)
+    # The others' ids stand end to end, for those that were dropped have none.
+    places = np.flatnonzero(sizes)
+    ends, written = encoded.text_ends[places], [documents[place] for place in places.tolist()]
+    first = start = 0
+    for run_end in _run_ends([kept.split for kept in written]):
+        # A call for every run of one split, not for every document: that would take longer than
+        # the hashes do.
+        while first < run_end:
+            writer = shards.writer(written[first].split)
+            # The document that fills the shard still belongs to it.
+            full = int(np.searchsorted(ends, start + shards.room(writer))) + 1
+            last = min(run_end, full)
+            end = int(ends[last - 1])
+            shard_ends = ends[first:last] + (writer.num_tokens - start)
+            writer.write(encoded.ids[start:end])
+            writer.end_documents(shard_ends, sum(kept.num_bytes for kept in written[first:last]))
+            first, start = last, end
+
+
+def _run_ends(splits: Sequence[Split]) -> list[int]:
+    """Behind the last document of each run of documents that share a split."""
+    changes = [place for place, (a, b) in enumerate(pairwise(splits), start=1) if a != b]
+    return [*changes, len(splits)]
 
 
 class DropLog(ReadReport):
@@ -296,6 +315,10 @@ class UnitShards:
             self._writers[split] = self._stack.enter_context(writer)
             self._num_begun += 1
         return self._writers[split]
+
+    def room(self, writer: ShardWriter) -> int:
+        """Tokens from which a shard of `writer` is full."""
+        return self._shard_tokens - writer.num_tokens
 
     def finish(self) -> tuple[ShardInfo, ...]:
         """Close all shards; those that got no document leave no trace."""

@@ -1,3 +1,4 @@
+import struct
 import subprocess
 import sys
 
@@ -171,3 +172,33 @@ def test_a_row_group_of_huge_rows_is_dropped_unread(tmp_path, monkeypatch):
     documents, report = read(path, options)
     assert documents == [("one", "row 3"), ("two", "row 4")]
     assert report.dropped == {"too long": 2}
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), "dictionary"])
+def test_arrow_values_that_lie_elsewhere_are_damage(tmp_path, kind):
+    """What the file says of places is used as it stands, and would be read from memory."""
+    column = pa.array(["first text", "second text of more than twelve bytes"] * 3)
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), pa.schema([("text", column.type)])) as writer:
+        writer.write_table(pa.table({"text": column}))
+    data = (tmp_path / "a.arrow").read_bytes()
+    views = column.buffers()[1].to_pybytes() if kind == pa.string_view() else b""
+    places = {
+        pa.string(): (struct.pack("<3i", 0, 10, 47), struct.pack("<3i", 0, 2**31 - 1, 47)),
+        pa.large_string(): (struct.pack("<3q", 0, 10, 47), struct.pack("<3q", 0, 2**62, 47)),
+        pa.string_view(): (views[16:32], views[16:28] + struct.pack("<i", 2**30)),
+        "dictionary": (struct.pack("<3i", 0, 1, 0), struct.pack("<3i", 0, 2**30, 0)),
+    }
+    old, new = places[kind]
+    assert old in data
+    (tmp_path / "a.arrow").write_bytes(data.replace(old, new, 1))
+    documents, report = read(tmp_path / "a.arrow")
+    assert (documents, report.dropped) == ([], {"damaged file": 1})
+
+
+def test_the_name_of_an_arrow_column_that_is_not_utf8_is_damage(tmp_path):
+    write(tmp_path / "a.arrow", pa.table({"text": ["one"], "number": [1]}))
+    data = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(data.replace(b"number", b"\xffumber"))
+    documents, report = read(tmp_path / "a.arrow")
+    assert (documents, report.dropped) == ([], {"damaged file": 1})

@@ -1,3 +1,4 @@
+import gc
 import io
 from pathlib import Path
 
@@ -128,3 +129,27 @@ def test_a_model_whose_pieces_are_not_those_of_words_encodes_chunks(options):
     assert not splits_at_spaces(tokenizer)
     texts = ["a b  of the\nab", "", " x\ty "]
     assert lists(BulkEncoder(tokenizer).encode(texts)) == tokenizer.encode_batch(texts)
+
+
+def test_a_failure_leaves_no_word_without_ids(tokenizer, monkeypatch):
+    encoder = BulkEncoder(tokenizer)
+    encoder.encode(["known words"])
+
+    def fail(texts):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "encode_batch", fail)
+        with pytest.raises(MemoryError):
+            encoder.encode(["unknown words"])
+    assert gc.isenabled()
+    assert lists(encoder.encode(["unknown known"])) == [by_words(tokenizer, "unknown known")]
+
+
+def test_the_collector_is_left_as_it_was(tokenizer):
+    gc.disable()
+    try:
+        BulkEncoder(tokenizer).encode(["some words"])
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
