@@ -167,12 +167,16 @@ def write_readme(folder: Path) -> None:
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def main() -> int:
-    """Run what was asked for; the exit code is 1 if a benchmark failed."""
+def main(words: list[str] | None = None) -> int:
+    """Run what was asked for; the exit code is 1 if a benchmark failed.
+
+    Args:
+        words: The command line, without the program; None for this process's own.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all")
     parser.add_argument("--tables", action="store_true", help="only make the tables again")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if unknown := sorted(set(options.names) - set(NAMES)):
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
     console = Console()
