@@ -5,4 +5,4 @@ import sys
 from run import main  # pyright: ignore[reportMissingImports]  # started by its path
 
 if __name__ == "__main__":
-    sys.exit(main(["prep"]))
+    sys.exit(main(["prep", *sys.argv[1:]]))
