@@ -105,14 +105,10 @@ def benchmark(_device: str) -> Outcome:
         )
         clean()
         megabytes = sum(len(text.encode()) for text in sample.texts) / 1e6
-        rounds = zip(seconds["build"], seconds["start"], seconds["encoder"], strict=True)
-        running = [(build - start, encoder) for build, start, encoder in rounds]
-        seconds["build, started"] = [ours for ours, _ in running]
+        rounds = zip(seconds["build"], seconds["start"], strict=True)
+        seconds["build, started"] = [build - start for build, start in rounds]
         facts = {
             "CPU-seconds of a build of 100 words": median(seconds.pop("start")),
-            "CPU-ms a MB beside encoding, once started": median(
-                (ours - encoder) / megabytes * 1000 for ours, encoder in running
-            ),
             **peaks(sample, folder),
         }
         made["build"]()

@@ -286,7 +286,7 @@ ROWS = [
     Row(
         "beside encoding: reading, cleaning, splits, writing, hashes",
         *("10 CPU-ms a MB", ""),
-        fact("prep", "CPU-ms a MB beside encoding, once started", "CPU-ms a MB"),
+        fact("prep-beside", "CPU-ms a MB", "CPU-ms a MB"),
     ),
     Row(
         "memory of a worker, 1 GB of text, 128,000 pieces",
