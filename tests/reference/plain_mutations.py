@@ -262,7 +262,9 @@ def embeddings_before_their_update(patch):
             number, batches, slots, draws, scales.per_masked_token, sums
         )
         self.discriminator_phase(number, batches, corrupted, scales.per_token, sums)
-        return {name: self.update(name, number, prepare) for name in ("generator", "discriminator")}
+        generator = self.update("generator", number, prepare)
+        discriminator = self.update("discriminator", number, prepare, sums)
+        return {"generator": generator, "discriminator": discriminator}
 
     patch.setattr(step.DecoupledStep, "phases", phases)
 
@@ -279,7 +281,7 @@ def draws_after_the_update(patch):
         self.discriminator_phase(number, batches, corrupted, scales.per_token, sums)
         return {
             "generator": outcome,
-            "discriminator": self.update("discriminator", number, prepare),
+            "discriminator": self.update("discriminator", number, prepare, sums),
         }
 
     patch.setattr(step.DecoupledStep, "phases", phases)

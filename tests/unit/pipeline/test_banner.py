@@ -66,8 +66,10 @@ def assembled(one):
         comparison=comparison,
         resumed_from=Commit(Path("step-00000040"), 40),
         trainer=SimpleNamespace(identity={"environment": environment}),
-        schedule=SimpleNamespace(explain=lambda: ["steps 0 to 9: 8 sequences", "the rest"]),
-        data=SimpleNamespace(describe=lambda: "3 shards, fingerprint 0123456789ab"),
+        schedule=SimpleNamespace(
+            explain=lambda: ["steps 0 to 9: 8 sequences", "the rest"], samples_by_length=dict
+        ),
+        data=SimpleNamespace(describe=lambda: "3 shards, fingerprint 0123456789ab", train={}),
         notes=["2 ranks instead of 1"],
     )
 

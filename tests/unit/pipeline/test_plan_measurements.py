@@ -14,6 +14,7 @@ from pipeline.plan.devices import gpu_type
 from pipeline.plan.measurements import deviations, find_measurement
 from pipeline.plan.planning import evaluate
 from pipeline.plan.report import figures
+from tests.benchmarks import gpu_results
 from tests.benchmarks.gpu_results import ResultFile
 from tests.planning import EIGHT, H100, LARGE, deepspeed_of, plan_of
 from tests.worlds import ROOT
@@ -131,10 +132,10 @@ def test_measurements_are_collected_from_results(tmp_path):
         measurements.collect(tmp_path)
 
 
-def planted(folder, rate):
+def planted(folder, rate, monkeypatch):
     """A result as `make gpu PART=step` writes it, by the code that writes it."""
-    results = ResultFile(folder, "step", "large", "cpu", "run")
-    results.document |= {"device": "NVIDIA H100 80GB HBM3"}
+    monkeypatch.setattr(gpu_results, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    results = ResultFile(folder, "step", "large", "cuda", "run")
     results.document["shape"] = {"sequences": 16, "length": 512, "dropout": 0.1}
     results.document["shape"] |= {"dtype": "bfloat16"}
     figures = {"tokens_per_second": 0.4 * rate, "ours_tokens_per_second": rate, "ratio": 2.5}
@@ -145,7 +146,7 @@ def planted(folder, rate):
 
 def test_a_planted_result_is_used_and_compared(tmp_path, monkeypatch, capsys):
     """From the file of a GPU benchmark to the lines of a plan."""
-    file = planted(tmp_path, rate=54_321.0)
+    file = planted(tmp_path, 54_321.0, monkeypatch)
     package = tmp_path / "measured.json"
     measurements.main([str(tmp_path), str(package)])
     monkeypatch.setattr(measurements, "FILE", package)
