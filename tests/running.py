@@ -44,6 +44,9 @@ class Stream:
 
     sequence_length, num_sequences = LENGTH, 400
 
+    def source_weights(self):
+        return {}
+
     def __init__(self, plan, damaged_step):
         self._plan = plan
         self._damaged_step = damaged_step

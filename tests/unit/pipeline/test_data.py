@@ -2,6 +2,7 @@
 
 import json
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from pipeline.sequences import CLS_ID, PAD_ID, SEP_ID, SequenceStream
 
 class Tokens:
     """A split that counts from 100: token i of the stream is 100 + i."""
+
+    manifest = SimpleNamespace(sources=())
 
     def __init__(self, count):
         self.count = count
