@@ -99,7 +99,8 @@ def test_the_table_of_results_is_made_from_the_files(tmp_path):
     run.write_readme(tmp_path)
     assert (tmp_path / "README.md").read_text() == (RESULTS / "README.md").read_text()
     found = run.load(RESULTS, "*.json", without=run.GPU_FILES)
-    assert {result["benchmark"] for result in found} == set(run.NAMES)
+    # A gigabyte is built by a command of its own, which `make bench` does not start.
+    assert {result["benchmark"] for result in found} - {"prep-large"} == set(run.NAMES)
 
 
 GPU_CELLS = {
