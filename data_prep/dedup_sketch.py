@@ -9,13 +9,14 @@ resembles, and so is no candidate for anything else.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
+from data_prep.batches import in_batches
 from data_prep.decontamination import Evaluation, Overlap
 from data_prep.dedup_files import (
     OVERLAPS_NAME,
@@ -82,7 +83,8 @@ def _sketch(job: SketchJob, unit: Unit, folder: Path) -> None:
     content = hashlib.blake2b(digest_size=16)
     num_documents = num_overlaps = 0
     with (folder / OVERLAPS_NAME).open("w", encoding="ascii") as overlaps:
-        for batch in _batches(kept_documents(unit, job.handling, report)):
+        documents = kept_documents(unit, job.handling, report)
+        for batch in in_batches(documents, lambda each: each.cost_characters, _BATCH_CHARACTERS):
             hashed = hash_texts([document.text for document in batch])
             is_removed = np.zeros(len(batch), bool)
             if evaluation is not None:
@@ -91,7 +93,7 @@ def _sketch(job: SketchJob, unit: Unit, folder: Path) -> None:
                     text = batch[found.document].text
                     ngram = spell_words(text, found.first_word, evaluation.ngram_words)
                     _write_overlap(overlaps, ngram, found)
-            splits = [split_digest(document.text.encode()) for document in batch]
+            splits = [split_digest(document.utf8) for document in batch]
             content.update(np.array(splits, ">u8").tobytes())
             parts.add(batch, splits, hashed, is_removed)
             num_documents += len(batch)
@@ -111,19 +113,6 @@ def _sketch(job: SketchJob, unit: Unit, folder: Path) -> None:
 def _write_overlap(overlaps: TextIO, ngram: str, found: Overlap) -> None:
     entry = {"ngram": ngram, "evaluation_file": found.file, "evaluation_place": found.place}
     overlaps.write(json.dumps(entry) + "\n")
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 class _PartWriter:

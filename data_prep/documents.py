@@ -29,6 +29,7 @@ What becomes of each malformed input:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -38,6 +39,9 @@ from data_prep.record_readers import read_delimited, read_json, read_jsonl, read
 from data_prep.source_files import ACCEPTED, Kind
 from data_prep.source_units import ReadOptions, Unit, UnitPart, plan_units, unreadable
 from data_prep.text_readers import read_txt
+
+_DOCUMENT_CHARACTERS = 64
+"""Objects and entries of a document, in memory, are worth so many characters of text."""
 
 Reader = Callable[[UnitPart, ReadOptions, ReadReport], Iterator[tuple[str, str]]]
 
@@ -64,6 +68,20 @@ class Document:
     """The file, as the user would write it."""
     position: str
     """The place in the file: "line 17", "row 5", "byte 1024"; empty for a whole file."""
+
+    @cached_property
+    def utf8(self) -> bytes:
+        """The text as UTF-8, made once.
+
+        Raises:
+            UnicodeEncodeError: It holds a lone surrogate.
+        """
+        return self.text.encode()
+
+    @property
+    def cost_characters(self) -> int:
+        """What the document counts for in a batch: tiny ones take memory too."""
+        return len(self.text) + _DOCUMENT_CHARACTERS
 
 
 def embedded_corpus() -> Path:
@@ -102,15 +120,18 @@ def read_unit(unit: Unit, options: ReadOptions, report: ReadReport) -> Iterator[
                     report.drop("empty text", part.path, place)
                     continue
                 report.documents += 1
-                report.text_bytes += _utf8_bytes(text)
-                yield Document(text, part.path, place)
+                document = Document(text, part.path, place)
+                report.text_bytes += _utf8_bytes(document)
+                yield document
         except OSError as error:
             raise unreadable(part.path, error) from error
 
 
-def _utf8_bytes(text: str) -> int:
-    # Python knows of every string whether it is ASCII; encoding it to count takes a copy.
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+def _utf8_bytes(document: Document) -> int:
+    try:
+        return len(document.utf8)
+    except UnicodeEncodeError:
+        return len(document.text.encode("utf-8", "surrogatepass"))
 
 
 def _check_unchanged(part: UnitPart) -> None:

@@ -16,11 +16,11 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
 import numpy as np
 
@@ -187,27 +187,41 @@ def _write_unit(job: UnitJob, unit: Unit, folder: Path) -> UnitMark:
         log = stack.enter_context((folder / DROPPED_NAME).open("w", encoding="utf-8", newline="\n"))
         report = DropLog(log)
         shards = stack.enter_context(UnitShards(folder, unit.source, job.shard_tokens))
-        for documents in _in_batches(_kept_documents(job, unit, report)):
-            _write_documents(documents, encoder, shards, report)
+        for batch in _in_batches(_kept_documents(job, unit, report)):
+            _write_batch(batch, encoder, shards, report)
         infos = shards.finish()
     plain_report = ReadReport.from_dict(report.to_dict())
     return UnitMark(unit.num_bytes, infos, _sha256(folder / DROPPED_NAME), plain_report)
 
 
-class _Kept(NamedTuple):
-    document: Document
-    num_bytes: int
-    split: Split
+@dataclass(frozen=True)
+class _Batch:
+    """Documents that are encoded together, as columns: an object each would keep the collector
+    of cycles busy."""
+
+    texts: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    num_bytes: list[int] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
+
+    def add(self, document: Document, split: Split) -> None:
+        self.texts.append(document.text)
+        self.files.append(document.source)
+        self.places.append(document.position)
+        self.num_bytes.append(len(document.utf8))
+        self.splits.append(split)
 
 
-def _kept_documents(job: UnitJob, unit: Unit, report: ReadReport) -> Iterator[_Kept]:
+def _kept_documents(
+    job: UnitJob, unit: Unit, report: ReadReport
+) -> Iterator[tuple[Document, Split]]:
     """The documents that neither cleaning nor a deduplication drops, with their splits."""
     decisions = None
     if job.dedup is not None:
         decisions = _load_decisions(job.dedup, job.dedup_fingerprint).of_unit(unit.index)
     for document in kept_documents(unit, job.handling, report):
-        text = document.text.encode()
-        digest = split_digest(text)
+        digest = split_digest(document.utf8)
         decision = None if decisions is None else decisions.next(digest)
         if decision is not None:
             reason = REASONS[decision.action]
@@ -217,48 +231,48 @@ def _kept_documents(job: UnitJob, unit: Unit, report: ReadReport) -> Iterator[_K
                 continue
             report.note(reason, document.source, document.position)
             digest = decision.split
-        yield _Kept(document, len(text), split_of(digest, job.heldout_fraction))
+        yield document, split_of(digest, job.heldout_fraction)
     if decisions is not None:
         decisions.finish(f"unit {unit.index} ({unit.parts[0].path} ...)")
 
 
-def _in_batches(documents: Iterable[_Kept]) -> Iterator[list[_Kept]]:
+def _in_batches(documents: Iterable[tuple[Document, Split]]) -> Iterator[_Batch]:
     """As many documents as are encoded at a time; one document may be as long as it likes."""
-    batch: list[_Kept] = []
-    size = 0
-    for kept in documents:
-        batch.append(kept)
-        size += len(kept.document.text)
+    batch, size = _Batch(), 0
+    for document, split in documents:
+        batch.add(document, split)
+        size += document.cost_characters
         if size >= BATCH_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch, size = _Batch(), 0
     yield batch
 
 
-def _write_documents(
-    documents: Sequence[_Kept], encoder: BulkEncoder, shards: "UnitShards", report: ReadReport
+def _write_batch(
+    batch: _Batch, encoder: BulkEncoder, shards: "UnitShards", report: ReadReport
 ) -> None:
-    encoded = encoder.encode([kept.document.text for kept in documents])
+    encoded = encoder.encode(batch.texts)
     sizes = np.diff(encoded.text_ends, prepend=0)
-    for place in np.flatnonzero(sizes == 0).tolist():
-        document = documents[place].document
-        report.drop("no tokens", document.source, document.position)
+    for number in np.flatnonzero(sizes == 0).tolist():
+        report.drop("no tokens", batch.files[number], batch.places[number])
     # The others' ids stand end to end, for those that were dropped have none.
-    places = np.flatnonzero(sizes)
-    ends, written = encoded.text_ends[places], [documents[place] for place in places.tolist()]
+    written = np.flatnonzero(sizes)
+    ends, numbers = encoded.text_ends[written], written.tolist()
+    splits: list[Split] = [batch.splits[number] for number in numbers]
+    num_bytes = [batch.num_bytes[number] for number in numbers]
     first = start = 0
-    for run_end in _run_ends([kept.split for kept in written]):
+    for run_end in _run_ends(splits):
         # A call for every run of one split, not for every document: that would take longer than
         # the hashes do.
         while first < run_end:
-            writer = shards.writer(written[first].split)
+            writer = shards.writer(splits[first])
             # The document that fills the shard still belongs to it.
             full = int(np.searchsorted(ends, start + shards.room(writer))) + 1
             last = min(run_end, full)
             end = int(ends[last - 1])
             shard_ends = ends[first:last] + (writer.num_tokens - start)
             writer.write(encoded.ids[start:end])
-            writer.end_documents(shard_ends, sum(kept.num_bytes for kept in written[first:last]))
+            writer.end_documents(shard_ends, sum(num_bytes[first:last]))
             first, start = last, end
 
 

@@ -20,7 +20,7 @@ Shapes: N ids of a batch.
 
 import gc
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
@@ -28,6 +28,7 @@ from itertools import chain, count
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.batches import in_batches
 from data_prep.cleaning import split_long
 from data_prep.tokenizer import SPACE_MARK, Tokenizer
 
@@ -99,7 +100,8 @@ class BulkEncoder:
         chunks = [split_long(text) for text in texts]
         chunk_ends = np.cumsum([len(parts) for parts in chunks], dtype=np.int64)
         encode = self._words if self.encodes_words else self._chunks
-        batches = [encode(batch) for batch in _batches(chain.from_iterable(chunks))]
+        in_order = in_batches(chain.from_iterable(chunks), len, BATCH_CHARACTERS)
+        batches = [encode(batch) for batch in in_order]
         ids = np.concatenate([np.empty(0, np.uint32), *(ids for ids, _ in batches)])
         counts = np.concatenate([np.empty(0, np.int64), *(counts for _, counts in batches)])
         return EncodedTexts(ids, _ends(counts)[chunk_ends])
@@ -150,19 +152,6 @@ class BulkEncoder:
         self._starts = np.empty(0, np.int64)
         self._counts = np.empty(0, np.int64)
         self._table = np.empty(0, np.uint32)
-
-
-def _batches(chunks: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for chunk in chunks:
-        batch.append(chunk)
-        size += len(chunk)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 @contextmanager

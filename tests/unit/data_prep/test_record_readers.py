@@ -2,9 +2,12 @@ import gzip
 import json
 import lzma
 import random
+from collections import Counter
 
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_prep.documents import Document, ReadOptions, ReadReport, plan_units, read_unit
 
@@ -98,3 +101,95 @@ def test_what_is_wrong_in_a_csv_file_is_told_and_the_rest_read(tmp_path):
     assert report.dropped["empty text"] == 1
     assert report.dropped["too long"] == 1
     assert report.dropped["invalid CSV"] == 2
+
+
+def judged_by_json(data: bytes):
+    """The text, or the class of the problem, as the standard library sees them."""
+    try:
+        source = data.decode()
+    except UnicodeDecodeError:
+        return "invalid UTF-8"
+    try:
+        pairs = json.loads(source, object_pairs_hook=lambda pairs: pairs)
+        value = json.loads(source)
+    except (ValueError, RecursionError):
+        return "invalid JSON"
+    if not isinstance(value, dict):
+        return "JSON value is not an object"
+    if "text" not in value:
+        return "missing field"
+    if [name for name, _ in pairs].count("text") > 1:
+        return "field given twice"
+    text = value["text"]
+    return ("text", text) if isinstance(text, str) else "text is not a string"
+
+
+STRANGE_LINES = [
+    b'{"text": "\\ud800"}',
+    b'{"text": "\\ud83d\\ude00"}',
+    b'{"text": "a", "n": NaN}',
+    b'{"text": "a", "n": -Infinity}',
+    b'{"text": "a", "n": 1e400}',
+    b'{"text": "a", "n": 18446744073709551616}',
+    b'{"text": "a", "n": ' + 4000 * b"9" + b"}",
+    b'{"text": "a", "n": ' + 5000 * b"9" + b"}",
+    b'{"text": 18446744073709551616}',
+    b'{"text": 1.5}',
+    b'{"text": null}',
+    b'{"text": "a", "text": "b"}',
+    b'{"text": "a", "inner": {"text": "b"}}',
+    b'{"inner": {"text": "b"}}',
+    b'{"text": "a", "text": 1}',
+    b'{"text": "a \\"text\\" b"}',
+    b'{"text": "a\x00"}',
+    b'{"text": "a\\u0000"}',
+    b'{"text": "\xff"}',
+    b'{"text": "\xed\xa0\x80"}',
+    b'{"text": "a",}',
+    b'{"text": "a"} {}',
+    b'{"text": 01}',
+    b"{'text': 'a'}",
+    b"\xef\xbb\xbf\xef\xbb\xbf{}",
+    b'[{"text": "a"}]',
+    b'{"a": ' + 3000 * b"[" + 3000 * b"]" + b', "text": "a"}',
+]
+
+
+def check_against_json(path, lines):
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    documents, report = read(path)
+    judged = [judged_by_json(line) for line in lines]
+    assert [("text", d.text) for d in documents] == [j for j in judged if isinstance(j, tuple)]
+    assert report.dropped == Counter(j for j in judged if isinstance(j, str))
+
+
+def test_json_decides_what_a_line_means(tmp_path):
+    check_against_json(tmp_path / "a.jsonl", STRANGE_LINES)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["text", "a", "b"]), inner),
+    max_leaves=6,
+)
+
+
+@given(
+    st.lists(JSON_VALUES, min_size=1, max_size=3),
+    st.booleans(),
+    st.integers(0, 200),
+    st.binary(max_size=3),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_json_decides_what_damaged_lines_mean(tmp_path, values, is_ascii, place, damage):
+    lines = [json.dumps(value, ensure_ascii=is_ascii) for value in values]
+    lines = [line.encode("utf-8", "surrogatepass") for line in lines]
+    damage = damage.replace(b"\n", b"").replace(b"\r", b"")
+    lines[0] = lines[0][:place] + damage + lines[0][place:]
+    kept = [line for line in lines if line.strip() and not line.isspace()]
+    judged = [judged_by_json(line) for line in kept]
+    # A document without text is dropped for another reason, and a mark in front taken away.
+    if any(isinstance(j, tuple) and not j[1].strip() for j in judged) or lines[0][:1] == b"\xef":
+        return
+    if kept:
+        check_against_json(tmp_path / "a.jsonl", kept)
