@@ -24,6 +24,7 @@ from tests.faults.prep.commands import (
 )
 
 TIMEOUT_SECONDS = 120
+ARRAY_TASKS = 8
 WORDS = ["dedup", "corpus", "--unit-bytes", "100000", "--decontaminate", "questions.jsonl"]
 
 
@@ -91,34 +92,45 @@ def test_array_tasks_decide_the_same(undisturbed):
 
 
 @pytest.mark.row(26)
-@pytest.mark.parametrize("executor", ["processes", "mpi"])
+@pytest.mark.parametrize("executor", ["processes", "mpi", "slurm-array"])
 def test_kills_leave_no_trace(undisturbed, executor, seed):
     rng = random.Random(f"{executor} {seed}")
     output = undisturbed / f"killed-{executor}-{seed}"
     words = ["--workers", "2"] if executor == "processes" else []
-    process = subprocess.Popen(
-        command(executor, output.name, *words),
-        cwd=undisturbed,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for_steps(process, output, rng.randrange(16))
-    everybody = [psutil.Process(process.pid)] if process.poll() is None else []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        everybody += [child for one in everybody for child in one.children(recursive=True)]
+    all_variables = array_environments(ARRAY_TASKS) if executor == "slurm-array" else [{}]
+    started = [
+        subprocess.Popen(
+            command(executor, output.name, *words),
+            cwd=undisturbed,
+            env={**environment(), **variables},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for variables in all_variables
+    ]
+    wait_for_steps(started, output, rng.randrange(16))
+    everybody = [psutil.Process(each.pid) for each in started if each.poll() is None]
+    for master in tuple(everybody):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            everybody += master.children(recursive=True)
     if everybody:
-        rng.choice(everybody).kill()
-    process.wait(TIMEOUT_SECONDS)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rng.choice(everybody).kill()
+    codes = [process.wait(TIMEOUT_SECONDS) for process in started]
     assert psutil.wait_procs(everybody, timeout=30)[1] == []
-    run(undisturbed, executor, output.name, *words)
+    # As SLURM would, only those that failed are started again; a last look changes nothing.
+    again = [variables for code, variables in zip(codes, all_variables, strict=True) if code]
+    for variables in again:
+        run(undisturbed, executor, output.name, *words, variables=variables)
+    last = run(undisturbed, executor, output.name, *words, variables=all_variables[-1])
+    assert last["already_complete"] is True
     assert contents(output) == contents(undisturbed / "undisturbed")
     shutil.rmtree(output)
 
 
-def wait_for_steps(process, output, count):
+def wait_for_steps(processes, output, count):
     """Wait until so many folders of steps are there, or for the end."""
-    while process.poll() is None:
+    while None in [process.poll() for process in processes]:
         with contextlib.suppress(OSError):
             names = [path.name for path in (output / ".work").iterdir()]
             if len([name for name in names if "-0" in name and "partial" not in name]) >= count:
