@@ -13,14 +13,14 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Literal
 from urllib.parse import urlsplit
 
 from data_prep.errors import UserError
-from data_prep.locations import file_size, is_remote, list_remote
+from data_prep.locations import file_size, is_remote, list_remote, open_file
 from data_prep.read_report import ReadReport
 
 Kind = Literal["txt", "jsonl", "json", "csv", "tsv", "parquet", "arrow"]
@@ -102,10 +102,14 @@ def _is_hub_name(source: str) -> bool:
 
 def _remote_files(source: str, report: ReadReport) -> Iterator[SourceFile]:
     urls = list_remote(source)
+    saved = _saved_remotely(urls)
     for url in urls:
+        folder = next((folder for folder in saved if url.startswith(folder)), None)
+        if folder is not None and url not in saved[folder]:
+            continue
         # Behind the path a URL may carry a query: "news.jsonl.gz?download=true".
         path = PurePosixPath(urlsplit(url).path)
-        kind = kind_of(path)
+        kind = "arrow" if folder is not None else kind_of(path)
         if kind is None and len(urls) == 1 and urlsplit(source).path.endswith(path.name):
             raise _unknown_format(source)
         if kind is None or path.name in _DATASET_FILES:
@@ -115,6 +119,25 @@ def _remote_files(source: str, report: ReadReport) -> Iterator[SourceFile]:
             yield SourceFile(url, url, kind, file_size(url))
         except OSError as error:
             raise UserError(f"source {url} cannot be read: {error}") from error
+
+
+def _saved_remotely(urls: Sequence[str]) -> dict[str, set[str]]:
+    """Remote folders that `datasets` wrote, with "/" behind -> the files of their states."""
+    saved = {}
+    for url in urls:
+        folder = url.removesuffix(_DATASET_STATE)
+        if folder == url or not folder.endswith("/"):
+            continue
+        try:
+            with open_file(url) as file:
+                names = _names_in_state(file.read(), url)
+        except OSError as error:
+            raise UserError(f"source {url} cannot be read: {error}") from error
+        saved[folder] = {folder + name for name in names}
+        for name in names:
+            if folder + name not in urls:
+                raise _missing_file(url, name)
+    return saved
 
 
 def _matches(pattern: str, report: ReadReport) -> Iterator[SourceFile]:
@@ -216,18 +239,31 @@ def _saved_dataset(folder: Path) -> Iterator[SourceFile]:
     """The Arrow files of a folder that `datasets` wrote; stale cache files beside them are not."""
     state_file = folder / _DATASET_STATE
     try:
-        state = json.loads(state_file.read_text(encoding="utf-8"))
-        names = [str(entry["filename"]) for entry in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{state_file} is not the state of a folder written by datasets' save_to_disk "
-            f"({type(error).__name__}: {error}); save the dataset again, or name its files"
-        ) from error
-    for name in names:
+        data = state_file.read_bytes()
+    except OSError as error:
+        raise _not_a_state(str(state_file), error) from error
+    for name in _names_in_state(data, str(state_file)):
         path = folder / name
         if Path(name).name != name or not path.is_file():
-            raise UserError(
-                f"{state_file} names the file {name}, which is not in the folder; save the "
-                "dataset again"
-            )
+            raise _missing_file(str(state_file), name)
         yield _source_file(path, "arrow", path.stat().st_size)
+
+
+def _names_in_state(data: bytes, state_file: str) -> list[str]:
+    try:
+        return [str(entry["filename"]) for entry in json.loads(data)["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _not_a_state(state_file, error) from error
+
+
+def _not_a_state(state_file: str, error: Exception) -> UserError:
+    return UserError(
+        f"{state_file} is not the state of a folder written by datasets' save_to_disk "
+        f"({type(error).__name__}: {error}); save the dataset again, or name its files"
+    )
+
+
+def _missing_file(state_file: str, name: str) -> UserError:
+    return UserError(
+        f"{state_file} names the file {name}, which is not in the folder; save the dataset again"
+    )

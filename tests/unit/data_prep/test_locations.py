@@ -219,3 +219,41 @@ def test_a_name_like_one_of_the_hub_is_told_how_to_write_it(tmp_path, monkeypatc
 def test_a_url_of_an_unknown_format_is_refused(bucket):
     with pytest.raises(UserError, match=r"README.md is of no known format"):
         plan_units([f"{bucket}/README.md"], ReadOptions())
+
+
+def save_remotely(folder, state):
+    system = fsspec.filesystem("memory")
+    table = pa.table({"text": ["one", "two"]})
+    for name in ("data-0.arrow", "cache-9.arrow", "indices/old.arrow"):
+        with system.open(f"{folder}/train/{name}", "wb") as file:
+            writer = pa.ipc.new_stream(file, table.schema)
+            writer.write_table(table)
+            writer.close()
+    system.pipe(f"{folder}/train/dataset_info.json", b"{}")
+    system.pipe(f"{folder}/train/state.json", state)
+    system.pipe(f"{folder}/dataset_dict.json", b"{}")
+    system.pipe(f"{folder}/beside.txt", b"three")
+    return f"memory://{folder}"
+
+
+def test_a_remote_saved_dataset_is_the_files_of_its_state(request):
+    state = json.dumps({"_data_files": [{"filename": "data-0.arrow"}]}).encode()
+    source = save_remotely(f"/{request.node.name}", state)
+    units = plan_units([source], ReadOptions())
+    texts = [d.text for unit in units for d in read_unit(unit, ReadOptions(), ReadReport())]
+    assert texts == ["three", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (b"[]", "state.json is not the state of a folder written by datasets' save_to_disk"),
+        (b'{"_data_files": [{"filename": "gone.arrow"}]}', "names the file gone.arrow, which is"),
+        (b'{"_data_files": [{"filename": "../beside.txt"}]}', "names the file ../beside.txt"),
+    ],
+)
+def test_a_remote_state_that_makes_no_sense_is_told(request, state, message):
+    source = save_remotely(f"/{request.node.name}".replace("[", "-").replace("]", ""), state)
+    with pytest.raises(UserError, match=message) as caught:
+        plan_units([source], ReadOptions())
+    assert "save the dataset again" in str(caught.value)
