@@ -19,8 +19,8 @@ from data_prep.byte_streams import Line, iter_lines
 class Row(NamedTuple):
     """One row, the header included."""
 
-    line: int
-    """Line of the file on which it begins, counted from 1."""
+    place: str
+    """Where it begins: "line 3", counted from 1, or "byte 1024" in a range of a file."""
     fields: list[str]
     """Its fields; bytes that are not UTF-8 are lone surrogates (`surrogateescape`)."""
 
@@ -28,21 +28,26 @@ class Row(NamedTuple):
 class BadRow(NamedTuple):
     """A row that could not be read."""
 
-    line: int
-    """Line of the file on which it begins."""
+    place: str
+    """Where it begins, as in `Row`."""
     is_too_long: bool
     """Whether it is above the limit; else it breaks the rules of quoting."""
     detail: str
     """What exactly was found."""
 
 
-def iter_delimited_rows(stream: io.BufferedReader, kind: str, limit: int) -> Iterator[Row | BadRow]:
-    """Read the rows of a file.
+def iter_delimited_rows(
+    stream: io.BufferedReader, kind: str, limit: int, start: int = 0, end: int | None = None
+) -> Iterator[Row | BadRow]:
+    """Read the rows of a file, or those in a range of a .tsv.
 
     Args:
         stream: The file's bytes, behind a byte order mark.
         kind: "csv" or "tsv".
         limit: Longest row that is held, in bytes.
+        start: Offset of the first row, just behind a line end; or 0 to read on from where the
+            stream is, from where the end is counted then.
+        end: Offset behind the last row; None for the end of the file.
 
     Yields:
         Rows in order; blank lines between them are passed over.
@@ -51,8 +56,9 @@ def iter_delimited_rows(stream: io.BufferedReader, kind: str, limit: int) -> Ite
         DamagedInput: Packed data is broken; the rows before were yielded.
     """
     if kind == "tsv":
-        yield from _tsv_rows(stream, limit)
+        yield from _tsv_rows(stream, limit, start, end)
         return
+    assert (start, end) == (0, None), "a .csv, whose quotes may hold line ends, has no ranges"
     # The limit of the csv module belongs to the whole process; rows are bounded by bytes below.
     csv.field_size_limit(limit + 1)
     lines = _Lines(stream, limit)
@@ -62,17 +68,17 @@ def iter_delimited_rows(stream: io.BufferedReader, kind: str, limit: int) -> Ite
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            yield BadRow(lines.first, False, str(error))
+            yield BadRow(f"line {lines.first}", False, str(error))
             continue
         except _RowTooLong as error:
             # Inside of quotes the reader would go on as if nothing had happened.
             reader = csv.reader(lines, strict=True)
-            yield BadRow(lines.first, True, str(error))
+            yield BadRow(f"line {lines.first}", True, str(error))
             continue
         if fields is None:
             return
         if fields:
-            yield Row(lines.first, fields)
+            yield Row(f"line {lines.first}", fields)
 
 
 class _RowTooLong(Exception):
@@ -112,12 +118,15 @@ class _Lines:
         return _text(line) + "\n"
 
 
-def _tsv_rows(stream: io.BufferedReader, limit: int) -> Iterator[Row | BadRow]:
-    for line in iter_lines(stream, limit, 0, None):
+def _tsv_rows(
+    stream: io.BufferedReader, limit: int, start: int, end: int | None
+) -> Iterator[Row | BadRow]:
+    for line in iter_lines(stream, limit, start, end):
+        place = f"byte {line.offset}" if start else f"line {line.number}"
         if line.data is None:
-            yield BadRow(line.number, True, f"{line.size} bytes, the limit is {limit}")
+            yield BadRow(place, True, f"{line.size} bytes, the limit is {limit}")
         elif line.data:
-            yield Row(line.number, _text(line).split("\t"))
+            yield Row(place, _text(line).split("\t"))
 
 
 def _text(line: Line) -> str:

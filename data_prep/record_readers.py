@@ -7,6 +7,7 @@
 A reader yields the place and the text of each document, and counts in the report what it drops.
 """
 
+import io
 import json
 from collections.abc import Iterator
 
@@ -69,8 +70,7 @@ def read_json(
     place = "the beginning"
     try:
         with open_bytes(part.path) as stream:
-            if without_mark(stream.peek(3)[:3], 0, part.path, report) == b"":
-                stream.read(len(BYTE_ORDER_MARK))
+            _pass_mark(stream, part.path, report)
             for value in iter_json_values(stream, options.max_document_bytes):
                 place = f"value {value.number}"
                 if value.data is None:
@@ -146,7 +146,9 @@ def _is_ambiguous(source: str, field: str) -> bool:
 def read_delimited(
     part: UnitPart, options: ReadOptions, report: ReadReport
 ) -> Iterator[tuple[str, str]]:
-    """Read the text column of a .csv or .tsv file; its first row names the columns.
+    """Read the text column of a .csv or .tsv file, or of a range of a .tsv.
+
+    The first row of the file names the columns, and is looked up there by the other ranges.
 
     Args:
         part: The file.
@@ -159,13 +161,19 @@ def read_delimited(
     Raises:
         OSError: The system cannot read the file.
     """
-    place, header = "the header", None
+    place, header, limit = "the header", None, options.max_document_bytes
     try:
         with open_bytes(part.path) as stream:
-            if without_mark(stream.peek(3)[:3], 0, part.path, report) == b"":
-                stream.read(len(BYTE_ORDER_MARK))
-            for row in iter_delimited_rows(stream, part.kind, options.max_document_bytes):
-                place = f"line {row.line}"
+            # The range that a mark stands in tells of it.
+            passed = _pass_mark(stream, part.path, ReadReport() if part.start else report)
+            end = part.end
+            if part.start:
+                rows = iter_delimited_rows(stream, part.kind, limit, 0, part.start - passed)
+                header = next((row.fields for row in rows if isinstance(row, Row)), None)
+            elif end is not None:
+                end -= passed
+            for row in iter_delimited_rows(stream, part.kind, limit, part.start, end):
+                place = row.place
                 if isinstance(row, BadRow):
                     reason = TOO_LONG if row.is_too_long else "invalid CSV"
                     report.drop(reason, part.path, place, row.detail)
@@ -179,10 +187,17 @@ def read_delimited(
         report.drop(DAMAGED, part.path, place, f"{damage}; what follows is lost")
 
 
+def _pass_mark(stream: io.BufferedReader, path: str, report: ReadReport) -> int:
+    """Pass the byte order mark at the start of a file; returns the bytes that were passed."""
+    if without_mark(stream.peek(3)[:3], 0, path, report) == b"":
+        return len(stream.read(len(BYTE_ORDER_MARK)))
+    return 0
+
+
 def _text_of_row(
     row: Row, header: list[str], path: str, field: str, report: ReadReport
 ) -> str | None:
-    place = f"line {row.line}"
+    place = row.place
     if header.count(field) > 1:
         report.drop("field given twice", path, place, f'"{field}" in the header')
     elif field not in header:

@@ -4,10 +4,11 @@
 - `Unit`, `UnitPart`: what one worker reads at a time; plain values that JSON and pickle can hold.
 - `plan_units`: the list of units, a function of the input alone and never of the workers.
 
-A plain .jsonl or .txt file above the target size is cut into byte ranges at line ends, so that a
-line belongs to exactly one unit; a Parquet or Arrow file into row groups or record batches. A
-compressed file cannot be entered in the middle and is one unit; so are .json, .csv and .tsv, whose
-records do not begin at line ends or have their names in the first row.
+A plain .jsonl, .txt or .tsv file above the target size is cut into byte ranges at line ends, so
+that a line belongs to exactly one unit; a Parquet or Arrow file into row groups or record batches.
+A compressed file cannot be entered in the middle and is one unit. So are .json and .csv, whose
+records do not begin at line ends: whether a line end of a .csv lies between quotes is known only to
+somebody who has read all that stands before it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,7 +66,7 @@ class UnitPart:
     kind: Kind
     """Its format, apart from compression."""
     start: int
-    """First byte (txt, jsonl), row group (parquet) or record batch (arrow)."""
+    """First byte (txt, jsonl, tsv), row group (parquet) or record batch (arrow)."""
     end: int | None
     """Behind the last one; None for the whole of a file that was not looked into."""
     file_bytes: int
@@ -206,7 +207,7 @@ def _split_large(
 ) -> list[tuple[int, int, int]]:
     if file.kind in ("parquet", "arrow"):
         return file_row_ranges(file.path, file.kind, options.text_field, target_bytes)
-    if file.kind in ("json", "csv", "tsv") or compression_of_file(file.path) is not None:
+    if file.kind in ("json", "csv") or compression_of_file(file.path) is not None:
         return []
     cuts = _line_starts(file.path, range(target_bytes, file.num_bytes, target_bytes))
     edges = [0, *cuts, file.num_bytes]

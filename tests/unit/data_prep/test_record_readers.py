@@ -103,6 +103,50 @@ def test_what_is_wrong_in_a_csv_file_is_told_and_the_rest_read(tmp_path):
     assert report.dropped["invalid CSV"] == 2
 
 
+TSV_LINES = st.lists(
+    st.sampled_from([b"", b"x\tone", b'"y\ttwo"', b"z", b"\xff\tthree", b"w\t" + 1100 * b"l"]),
+    max_size=12,
+)
+
+
+@given(TSV_LINES, st.booleans(), st.sampled_from([b"\n", b"\r\n"]), st.integers(1, 300))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_ranges_of_a_tsv_are_the_whole_file(tmp_path, lines, is_marked, line_end, target_bytes):
+    mark = b"\xef\xbb\xbf" if is_marked else b""
+    data = mark + b"".join(line + line_end for line in [*lines[:2], b"id\ttext", *lines[2:]])
+    (tmp_path / "a.tsv").write_bytes(data)
+    options = ReadOptions(max_document_bytes=1024)
+    found = []
+    for size in (1 << 20, target_bytes):
+        report = ReadReport()
+        units = plan_units([str(tmp_path / "a.tsv")], options, size)
+        documents = [d.text for unit in units for d in read_unit(unit, options, report)]
+        found.append((documents, report.dropped, report.notes, report.documents))
+        assert len(units) == 1 or size == target_bytes
+    assert found[0] == found[1]
+
+
+def test_a_large_tsv_is_many_units_and_a_large_csv_is_one(tmp_path):
+    rows = [f"{n}\ttext {n}\n" for n in range(500)]
+    (tmp_path / "a.tsv").write_text("id\ttext\n" + "".join(rows))
+    (tmp_path / "a.csv").write_text(("id\ttext\n" + "".join(rows)).replace("\t", ","))
+    numbers = []
+    for name in ("a.tsv", "a.csv"):
+        units = plan_units([str(tmp_path / name)], ReadOptions(), 1000)
+        numbers.append(len(units))
+        report = ReadReport()
+        documents = [d for unit in units for d in read_unit(unit, ReadOptions(), report)]
+        assert [document.text for document in documents] == [f"text {n}" for n in range(500)]
+    assert numbers == [7, 1]
+    (tmp_path / "b.tsv").write_text("id\ttext\n" + "x\ty\n" * 20 + "z\n")
+    units = plan_units([str(tmp_path / "b.tsv")], ReadOptions(), 40)
+    report = ReadReport()
+    assert sum(1 for unit in units for _ in read_unit(unit, ReadOptions(), report)) == 20
+    assert "b.tsv: byte 88: invalid CSV (1 fields under 2 columns)" in "\n".join(report.lines())
+
+
 def judged_by_json(data: bytes):
     """The text, or the class of the problem, as the standard library sees them."""
     try:
