@@ -64,6 +64,25 @@ def test_cleaning_is_accounted_for_in_the_report():
     assert "a.txt: line 3: too short (3 characters, 4 are asked for)" in report.lines()
 
 
+@given(any_text)
+def test_a_document_is_repaired_like_its_text(text):
+    report = ReadReport()
+    kept = clean_document(Document(f"ab {text} c", "a", ""), CleaningOptions(), report)
+    repaired = repair_text(f"ab {text} c")
+    assert kept is not None
+    assert kept.text == repaired.text
+    assert report.notes == repaired.removed
+    assert kept.utf8 == repaired.text.encode()
+
+
+@pytest.mark.parametrize("character", [chr(n) for n in (*range(32), *range(127, 160), 0xD800)])
+def test_every_control_character_of_a_document_is_seen(character):
+    kept = clean_document(Document(f"a{character}b", "a", ""), CleaningOptions(), ReadReport())
+    assert kept is not None
+    line_end = "\n" if character in "\r\x0b\x0c\x85" else ""
+    assert kept.text == f"a{character if character in chr(9) + chr(10) else line_end}b"
+
+
 def test_a_text_of_nothing_but_control_characters_is_dropped():
     report = ReadReport()
     assert clean_document(Document("\x00\x01 ", "a", ""), CleaningOptions(), report) is None

@@ -44,6 +44,10 @@ def test_text_that_was_decoded_wrongly_is_put_right():
     assert clean("schön", fix_unicode=True) == ("schön", ReadReport())
 
 
+def test_limits_are_kept_by_what_reaches_them():
+    assert clean("four", max_characters=4, min_characters=4) == ("four", ReadReport())
+
+
 def test_addresses_are_masked_and_counted():
     text, report = clean("a@b.de c@d.de 8.8.8.8", masks=("email", "ip"))
     assert text == "email@example.com email@example.com 192.0.2.1"
