@@ -4,7 +4,6 @@ ShardWriter   streams documents into two `.partial` files, hashes and renames th
 """
 
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -102,11 +101,6 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._tokens.abort()
         self._doc_ends.abort()

@@ -1,13 +1,17 @@
 """A tiny tokenizer, a tiny corpus and the dataset made of them; read-only, made once a session."""
 
+import io
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from data_prep.build import build
 from data_prep.build_plan import BuildOptions
+from data_prep.cli import main
 from data_prep.tokenizer_training import TrainingOptions, train_tokenizer
 
 SYLLABLES = ["ka", "to", "mi", "re", "su", "no", "la", "vi", "po", "den", "gra", "shi"]
@@ -81,3 +85,42 @@ def tiny_dataset(tmp_path_factory, tiny_corpus, tiny_tokenizer) -> Path:
     options = BuildOptions(heldout_fraction=0.2, unit_bytes=8000)
     build(sources, tiny_tokenizer, folder, options, InlineExecutor())
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """(words of the command line) -> exit code, stdout, stderr."""
+
+    def run_main(*words):
+        monkeypatch.setattr(sys, "argv", ["deberta-prep", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        return caught.value.code or 0, out, err
+
+    return run_main
+
+
+@pytest.fixture(scope="session")
+def train_model():
+    """(lines, options of SentencePiece) -> the bytes of a model with our special pieces."""
+
+    def train(lines, **options) -> bytes:
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_piece="[PAD]",
+            bos_piece="[CLS]",
+            eos_piece="[SEP]",
+            unk_piece="[UNK]",
+            minloglevel=2,
+            **options,
+        )
+        return model.getvalue()
+
+    return train

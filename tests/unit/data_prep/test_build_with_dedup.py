@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import sentencepiece
 from data_prep.build import build
 from data_prep.build_plan import BuildOptions
 from data_prep.cleaning import CleaningOptions
-from data_prep.cli import main
 from data_prep.dedup import DedupOptions, deduplicate
 from data_prep.dedup_decisions import Decisions
 from data_prep.errors import UserError
@@ -197,20 +195,6 @@ def test_a_resumed_build_with_other_decisions_is_refused(
         build([str(source)], tiny_tokenizer, tmp_path / "ds", options, inline_executor)
     assert "was built from something else" in str(caught.value)
     assert decisions.fingerprint in str(caught.value)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """(words of the command line) -> exit code, stdout, stderr."""
-
-    def run_main(*words):
-        monkeypatch.setattr(sys, "argv", ["deberta-prep", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
-
-    return run_main
 
 
 def test_the_two_commands(run, families, tiny_tokenizer, tmp_path):

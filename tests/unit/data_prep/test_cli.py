@@ -13,26 +13,11 @@ import pytest
 
 from data_prep import console
 from data_prep.build import BuildReport
-from data_prep.cli import main
 from data_prep.manifest import Manifest
 from data_prep.read_report import ReadReport
 from data_prep.tokenizer import Tokenizer
 
 COMMANDS = ["train-tokenizer", "build", "dedup", "verify", "show", "stats"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """(words of the command line) -> exit code, stdout, stderr."""
-
-    def run_main(*words):
-        monkeypatch.setattr(sys, "argv", ["deberta-prep", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
-
-    return run_main
 
 
 def test_help_lists_the_commands(run):

@@ -1,10 +1,8 @@
-import io
 import json
 import unicodedata
 
 import numpy as np
 import pytest
-import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
@@ -218,26 +216,10 @@ def test_a_model_that_depends_on_context_is_refused(
 
 
 @pytest.mark.parametrize("rule", ["identity", "nfkc"])
-def test_other_normalizations_give_the_same_ids_too(folder, tmp_path, rule):
-    model = io.BytesIO()
+def test_other_normalizations_give_the_same_ids_too(folder, train_model, tmp_path, rule):
     lines = next(embedded_corpus().iterdir()).read_text(encoding="utf-8").split("\n")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        vocab_size=600,
-        normalization_rule_name=rule,
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        pad_piece="[PAD]",
-        bos_piece="[CLS]",
-        eos_piece="[SEP]",
-        unk_piece="[UNK]",
-        minloglevel=2,
-    )
-    (tmp_path / "spm.model").write_bytes(model.getvalue())
+    options = {"vocab_size": 600, "normalization_rule_name": rule, "byte_fallback": True}
+    (tmp_path / "spm.model").write_bytes(train_model(lines, **options))
     write_hf_tokenizer(tmp_path / "spm.model", tmp_path)
     report = compare_tokenizers(tmp_path, PROBES + lines)
     assert report.mismatches == report.literals <= 3

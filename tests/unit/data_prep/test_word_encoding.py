@@ -1,10 +1,8 @@
 import gc
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,25 +105,10 @@ def test_a_lone_surrogate_is_refused_by_name(tokenizer):
         {"user_defined_symbols": ["of the"]},
     ],
 )
-def test_a_model_whose_pieces_are_not_those_of_words_encodes_chunks(options):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b ab a b of the a b"] * 50 + ["tab\tnew"]),
-        model_writer=model,
-        vocab_size=40,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        pad_piece="[PAD]",
-        bos_piece="[CLS]",
-        eos_piece="[SEP]",
-        unk_piece="[UNK]",
-        **options,
-    )
-    tokenizer = Tokenizer(model.getvalue())
+def test_a_model_whose_pieces_are_not_those_of_words_encodes_chunks(train_model, options):
+    lines = ["a b ab a b of the a b"] * 50 + ["tab\tnew"]
+    model = train_model(lines, vocab_size=40, hard_vocab_limit=False, **options)
+    tokenizer = Tokenizer(model)
     assert not splits_at_spaces(tokenizer)
     texts = ["a b  of the\nab", "", " x\ty "]
     assert lists(BulkEncoder(tokenizer).encode(texts)) == tokenizer.encode_batch(texts)
