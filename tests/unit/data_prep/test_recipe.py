@@ -57,6 +57,23 @@ def written(folder, name, content):
     return folder / name
 
 
+def test_a_source_takes_from_the_recipe_what_it_does_not_say(folder):
+    content = """
+clean = ["email"]
+min_characters = 4
+txt_document = "line"
+unit_bytes = 5000
+shard_tokens = 7000
+sources = [{path = "a.jsonl", text_field = "body"}, {path = "b.csv", clean = []}]
+"""
+    _, options = load_recipe(written(folder, "r.toml", content))
+    a, b = options.handling.of("a.jsonl"), options.handling.of("b.csv")
+    assert a.read == ReadOptions(text_field="body", txt_document="line")
+    assert a.cleaning == CleaningOptions(min_characters=4, masks=("email",))
+    assert b.cleaning == CleaningOptions(min_characters=4)
+    assert (options.unit_bytes, options.shard_tokens) == (5000, 7000)
+
+
 @pytest.mark.parametrize(("name", "content"), [("r.toml", TOML), ("r.yaml", YAML), ("r.yml", YAML)])
 def test_a_recipe_is_sources_and_options(folder, name, content):
     sources, options = load_recipe(written(folder, name, content))
