@@ -151,6 +151,11 @@ def _as_os_errors() -> Iterator[None]:
         raise
     except Exception as error:
         lines = str(error).splitlines() or [""]
+        if isinstance(error, ValueError) and "range requests" in lines[0]:
+            raise OSError(
+                "the server gives files only as a whole, so that a large one cannot be cut into "
+                "units; download it, or build with --unit-bytes above its size"
+            ) from error
         raise OSError(f"{type(error).__name__}: {lines[0][:200]}") from error
 
 

@@ -149,6 +149,9 @@ def test_a_web_server_serves(tmp_path):
         assert texts_of([url])[0] == [row["text"] for row in ROWS]
         with pytest.raises(UserError, match=r"none.txt .*(does not exist|cannot be read)"):
             texts_of([url.replace("a.jsonl?download=true", "none.txt")])
+        # This server knows no ranges.
+        with pytest.raises(UserError, match=r"gives files only as a whole.* --unit-bytes above"):
+            plan_units([url], ReadOptions(), 1000)
     finally:
         server.shutdown()
         server.server_close()
