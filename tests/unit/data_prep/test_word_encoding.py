@@ -76,6 +76,22 @@ def test_the_ids_depend_on_no_batch_and_no_cache(tokenizer, monkeypatch):
     assert lists(BulkEncoder(tokenizer).encode(SPEECHES)) == expected
 
 
+def test_a_full_cache_starts_afresh(tokenizer, monkeypatch):
+    encoded = []
+    encode_batch = Tokenizer.encode_batch
+
+    def watch(self, words):
+        encoded.append(list(words))
+        return encode_batch(self, words)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", watch)
+    encoder = BulkEncoder(tokenizer, cache_words=4)
+    for text in ("one two", "two one", "three four", "one", "one five"):
+        encoder.encode([text])
+    # Four words fill it, so that the next look-up begins with none and "one" is new again.
+    assert encoded == [["one", "two"], ["three", "four"], ["one"], ["five"]]
+
+
 def test_a_word_longer_than_a_chunk_is_cut(tokenizer):
     word = "abc" * CHUNK_BYTES
     parts = [word[i : i + CHUNK_BYTES] for i in range(0, len(word), CHUNK_BYTES)]
