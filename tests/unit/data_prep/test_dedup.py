@@ -307,3 +307,18 @@ def test_odd_texts_are_decided_about(odd, tmp_path_factory, inline_executor):
         mine, kept = (odd[int(entry[key].split()[1]) - 1] for key in ("place", "kept_place"))
         if mine.isascii() and kept.isascii() and "\x00" not in mine + kept:
             assert re.findall(r"[a-z0-9]+", mine.lower()) == re.findall(r"[a-z0-9]+", kept.lower())
+
+
+def test_a_report_shows_the_largest_clusters_and_some_of_each(tmp_path, inline_executor, jsonl):
+    texts = [f"text of the family {family}" for family in range(25) for _ in range(family + 2)]
+    jsonl(tmp_path / "a.jsonl", texts)
+    report = deduplicate(
+        [str(tmp_path / "a.jsonl")], tmp_path / "d", DedupOptions(), inline_executor
+    )
+    clusters = report.decisions.values["clusters"]
+    assert (clusters["count"], clusters["largest"]) == (25, 26)
+    assert [sample["documents"] for sample in clusters["samples"]] == list(range(26, 6, -1))
+    assert {len(sample["members"]) for sample in clusters["samples"]} == {5}
+    first = texts.index("text of the family 24") + 1
+    places = [member["place"] for member in clusters["samples"][0]["members"]]
+    assert places == [f"line {first + n}" for n in range(5)]
