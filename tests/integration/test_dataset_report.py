@@ -38,6 +38,15 @@ def dataset(tmp_path_factory) -> Path:
     return folder / "dataset"
 
 
+def test_a_reason_has_five_samples_at_most(dataset, tmp_path):
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "one two"}\n' * 100 + "{\n" * 7 + '{"text": 1}\n')
+    build_dataset(source, dataset.parent / "tokenizer", tmp_path / "d")
+    dropped = [(sample.reason, sample.place) for sample in collect(tmp_path / "d").dropped]
+    broken = [("invalid JSON", f"line {n}") for n in range(101, 106)]
+    assert dropped == [*broken, ("text is not a string", "line 108")]
+
+
 def test_the_figures_are_those_of_a_plain_count(dataset):
     report = collect(dataset)
     opened = Dataset.open(dataset)
