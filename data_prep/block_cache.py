@@ -13,6 +13,9 @@ A rank of many uses only a few rows of a block: reading pages keeps its cost pro
 rows, whatever the number of ranks. The order of training (`pipeline.sample_order`) wanders through
 64 MiB for a long time; with its neighbours' ends that is about 130 extents, half of the default.
 
+Blocks of rows that are announced are hashed by threads while others are used
+(`data_prep.hashing_ahead`).
+
 Tokens are asked for by position: `first_position(file)` + their place in the file, header included.
 
 Letters: B runs of tokens, N tokens in each, R rows of the caller.
@@ -27,6 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.checked_file import PAGE_BYTES, PAGES_PER_BLOCK, CheckedFile
+from data_prep.errors import CorruptError
+from data_prep.hashing_ahead import HashingAhead
 from data_prep.manifest import BLOCK_BYTES
 
 CACHE_BYTES = 256 << 20
@@ -64,6 +69,7 @@ class BlockCache:
         self._last_use = np.zeros(self._num_slots, np.int64)
         self._clock = 0
         self._tokens = np.empty(0, np.uint32)
+        self._ahead = HashingAhead(files)
         self._hashed = np.empty(0, np.uint8)
         self._hashed_block = (_NOWHERE, _NOWHERE)
 
@@ -97,6 +103,33 @@ class BlockCache:
                 self._forget_what_changed(np.array([start // _EXTENT_TOKENS]))
             self._copy_run(start, tokens)
         return tokens
+
+    def announce(self, positions_B: NDArray[np.int64]) -> bool:
+        """Have threads hash the blocks of what will be gathered soon.
+
+        What they cannot read is left to `gather`, and the error with it.
+
+        Args:
+            positions_B: int64 [B], where runs of tokens begin.
+
+        Returns:
+            False where too many blocks are begun already; to be announced again later.
+        """
+        blocks = positions_B // (BLOCK_BYTES // _TOKEN_BYTES)
+        first = int(blocks.min(initial=0))
+        extents = (np.flatnonzero(np.bincount(blocks - first)) + first) * _EXTENTS_PER_BLOCK
+        with self._lock:
+            try:
+                self._forget_what_changed(extents)
+            except CorruptError:  # it comes again with the reading, and is raised there
+                return True
+            places = (self._place_of(extent) for extent in extents.tolist())
+            return all(self._ahead.begin(file, page // PAGES_PER_BLOCK) for file, page in places)
+
+    def stop_announced(self) -> None:
+        """Hash nothing ahead any more, and wait for the threads that do."""
+        with self._lock:
+            self._ahead.stop()
 
     def _copy_run(self, start: int, out_N: NDArray[np.uint32]) -> None:
         """Copy tokens of one file, extent by extent."""
@@ -196,6 +229,7 @@ class BlockCache:
         ]:
             file, first_page = self._place_of(extent)
             block = first_page // PAGES_PER_BLOCK
+            self._ahead.finish(file, block)
             if self._files[file].is_checked(block):
                 wanted.append((extent, np.flatnonzero(pages)))
             else:
@@ -246,6 +280,7 @@ class BlockCache:
         number, first_page = self._place_of(extent)
         file, block = self._files[number], first_page // PAGES_PER_BLOCK
         content = self._bytes_of(slot)
+        self._ahead.finish(number, block)
         if self._hashed_block != (number, block) and not file.is_checked(block):
             self._hash(number, block)
         if self._hashed_block == (number, block):
@@ -304,6 +339,7 @@ class BlockCache:
             touched = np.flatnonzero(np.bincount(indices)).tolist()
         for file in touched:
             if self._files[file].has_changed():
+                self._ahead.drop(file)
                 first, end = self._first_extents[file : file + 2]
                 of_file = (self._extent_of_slot >= first) & (self._extent_of_slot < end)
                 for slot in np.flatnonzero(of_file).tolist():

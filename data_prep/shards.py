@@ -252,21 +252,55 @@ class Dataset:
         """
         if not len(starts_B):
             return
-        ends, readers = np.array(self._token_ends[split]), self._readers[split]
         count = out_BN.shape[1]
-        if starts_B.min() < 0 or starts_B.max() + count > ends[-1]:
-            raise IndexError(f"rows that leave the {ends[-1]} tokens of split {split}")
-        shard_B = np.searchsorted(ends, starts_B, side="right") - 1
-        for shard in np.flatnonzero(np.bincount(shard_B)).tolist():
-            readers[shard].check_doc_ends()
-        first_positions = np.array([reader.first_position for reader in readers])
-        positions_B = starts_B - ends[shard_B] + first_positions[shard_B]
-        in_one_shard_B = starts_B + count <= ends[shard_B + 1]
-        rows = np.flatnonzero(in_one_shard_B)
+        shard_B, positions_B, is_in_one_shard_B = self._places(split, starts_B, count)
+        self._check_doc_ends(split, shard_B)
+        rows = np.flatnonzero(is_in_one_shard_B)
         self._cache.gather(positions_B[rows], rows, out_BN)
-        for row in np.flatnonzero(~in_one_shard_B).tolist():
+        for row in np.flatnonzero(~is_in_one_shard_B).tolist():
             start = int(starts_B[row])
             out_BN[row] = self.read(split, start, start + count)
+
+    def announce_rows(self, split: Split, starts_B: NDArray[np.int64], count: int) -> bool:
+        """Have threads read and hash the blocks that `read_rows` will soon need.
+
+        What they cannot read is left to it, and the error with it.
+
+        Args:
+            split: `train` or `heldout`.
+            starts_B: int64 [B], the first token of each run in the split's stream.
+            count: tokens of a run.
+
+        Returns:
+            False where too many blocks are on their way; to be announced again later.
+        """
+        shard_B, positions_B, _ = self._places(split, starts_B, count)
+        try:
+            # Before the threads, behind whose blocks a disk would make this wait.
+            self._check_doc_ends(split, shard_B)
+        except CorruptError:
+            return True
+        return self._cache.announce(positions_B)
+
+    def stop_announced(self) -> None:
+        """Read nothing ahead any more, and wait for the threads that do."""
+        self._cache.stop_announced()
+
+    def _check_doc_ends(self, split: Split, shard_B: NDArray[np.int64]) -> None:
+        for shard in np.flatnonzero(np.bincount(shard_B)).tolist():
+            self._readers[split][shard].check_doc_ends()
+
+    def _places(
+        self, split: Split, starts_B: NDArray[np.int64], count: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        """The shard of each run, its position in the cache, and whether no other shard follows."""
+        ends, readers = np.array(self._token_ends[split]), self._readers[split]
+        if starts_B.min(initial=0) < 0 or starts_B.max(initial=0) + count > ends[-1]:
+            raise IndexError(f"rows that leave the {ends[-1]} tokens of split {split}")
+        shard_B = np.searchsorted(ends, starts_B, side="right") - 1
+        first_positions = np.array([reader.first_position for reader in readers])
+        positions_B = starts_B - ends[shard_B] + first_positions[shard_B]
+        return shard_B, positions_B, starts_B + count <= ends[shard_B + 1]
 
     def document(self, split: Split, index: int) -> tuple[NDArray[np.uint32], ShardInfo]:
         """One document of a split.

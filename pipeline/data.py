@@ -8,13 +8,14 @@
        samples. Without phases, step s takes [s * batch, (s + 1) * batch). Positions in the skip
        list, which roll-backs add to, are passed over.
     4. `pipeline.prefetch` asks for the next steps in a thread, and puts them where a GPU can fetch
-       them.
+       them; `TrainBatches.in_order` tells the dataset what they will need, which is read and
+       checked ahead.
 
 Nothing is remembered between steps: resuming is asking for another step.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,10 @@ from pipeline.sample_order import (
     SkippedWindow,
 )
 from pipeline.sequences import SequenceBatch, SequenceStream
+
+_SAMPLES_AHEAD = (
+    32_768  # of this rank: a window of the default order, or what many ranks need longer
+)
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,44 @@ class TrainBatches:
             CorruptError: As for `SequenceStream.batch`.
         """
         epochs, samples = self.samples_at(step, self.rank)
-        stream = self.streams[self.schedule.phase_at(step).sequence_length]
-        return stream.micro_batches(samples, epochs, self.micro_batch_size)
+        return self._stream_at(step).micro_batches(samples, epochs, self.micro_batch_size)
+
+    def in_order(self, first_step: int, end_step: int) -> Generator[list[SequenceBatch]]:
+        """Read this rank's micro batches of consecutive steps.
+
+        Threads hash the blocks that the next steps need for the first time meanwhile.
+
+        Args:
+            first_step: Completed optimizer steps before the first of them.
+            end_step: The same for the first step behind them.
+
+        Yields:
+            What `at_step` gives, step by step.
+
+        Raises:
+            CorruptError: As for `at_step`, at the step that needs what is damaged.
+        """
+        known: deque[tuple[Int64Array, Int64Array]] = deque()  # of the steps from this one on
+        announced = first_step
+        try:
+            for step in range(first_step, end_step):
+                announced = max(announced, step)
+                while announced < end_step:
+                    if announced == step + len(known):
+                        if known and len(known) * len(known[0][1]) >= _SAMPLES_AHEAD:
+                            break
+                        known.append(self.samples_at(announced, self.rank))
+                    if not self._stream_at(announced).announce(known[announced - step][1]):
+                        break
+                    announced += 1
+                epochs, samples = known.popleft()
+                yield self._stream_at(step).micro_batches(samples, epochs, self.micro_batch_size)
+        finally:
+            for stream in self.streams.values():
+                stream.stop_announced()
+
+    def _stream_at(self, step: int) -> SequenceStream:
+        return self.streams[self.schedule.phase_at(step).sequence_length]
 
     def samples_at(self, step: int, rank: int) -> tuple[Int64Array, Int64Array]:
         """Name the samples that a rank trains on in one optimizer step, without reading them.

@@ -7,6 +7,7 @@ Whatever ends the reading thread reaches the training thread in the step that it
 the step and its samples named; nobody waits for a thread that is gone.
 """
 
+import contextlib
 import queue
 import threading
 
@@ -59,14 +60,16 @@ class Prefetcher:
             if self._device.type == "cuda":
                 # A new thread begins on device 0, where it would take memory of another rank.
                 torch.cuda.set_device(self._device)
-            for step in range(first_step, last_step):
-                faults.reach("data.read", step)
-                micro_batches = batches.at_step(step)
-                if self._device.type == "cuda":
-                    micro_batches = [batch.pinned() for batch in micro_batches]
-                self._put(micro_batches)
-                if self._closed.is_set():
-                    return
+            # Closed by this thread: what reads ahead for it ends with it.
+            with contextlib.closing(batches.in_order(first_step, last_step)) as steps:
+                for step in range(first_step, last_step):
+                    faults.reach("data.read", step)
+                    micro_batches = next(steps)
+                    if self._device.type == "cuda":
+                        micro_batches = [batch.pinned() for batch in micro_batches]
+                    self._put(micro_batches)
+                    if self._closed.is_set():
+                        return
         except BaseException as error:  # carried to the training thread, which raises it
             self._error = _named(error, batches, step)
 

@@ -188,6 +188,23 @@ class SequenceStream:
         )
         return [SequenceBatch(*each, n not in with_padding) for n, each in enumerate(parts)]
 
+    def announce(self, samples: Int64Array) -> bool:
+        """Have threads read and hash the blocks that `micro_batches` will soon need.
+
+        Args:
+            samples: int64 [n], indices of sequences.
+
+        Returns:
+            False where too many blocks are on their way; to be announced again later.
+        """
+        starts = samples * self._content
+        whole = starts[starts + self._content <= self.num_tokens]
+        return self._dataset.announce_rows(self._split, whole, self._content)
+
+    def stop_announced(self) -> None:
+        """Read nothing ahead any more, and wait for the threads that do."""
+        self._dataset.stop_announced()
+
     def _read_ragged(
         self, samples: Int64Array, is_short: npt.NDArray[np.bool_], ids: npt.NDArray[np.uint32]
     ) -> None:

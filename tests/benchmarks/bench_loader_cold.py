@@ -4,14 +4,15 @@ Before every round the files leave the page cache (posix_fadvise DONTNEED), and 
 anew, so that nothing is known of any block. Each side reads as its training does:
 
 whole pass      our batches over all of the data, in the default order: each block is read and
-                hashed once, its pages are later fetched from memory and compared
+                hashed once, in threads before it is needed; its pages are fetched and compared
+nothing ahead   the same step by step, each of which hashes what it needs when it needs it
 first window    the first 32,768 sequences only, which touch a quarter of the bytes of the blocks
                 that they hash: the dearest that a run ever reads
 IndexedDataset  megatron-core's reader (or its format read the same way) in random order, as its
                 shuffled index asks for it, no checks: a page fault or two for a sequence
 memmap          the same with slices of a plain array
 disk alone      our files read end to end into a buffer and nothing done with them, in one stream
-four streams    the same by four threads, as many as hash blocks in ours: what this disk gives
+four streams    the same by four threads: what this disk gives
 
 A system reads far around the first hundred faults of a map (8 MiB each where that is its
 read-ahead) and then stops: peers fault 256 times before their clock runs, which leaves up to a
@@ -32,6 +33,7 @@ import numpy as np
 
 from data_prep.manifest import BLOCK_BYTES
 from data_prep.shards import Dataset
+from pipeline.data import TrainBatches
 from tests.benchmarks.bench_loader import BLOCK_SEQUENCES, WINDOW_BLOCKS, training
 from tests.benchmarks.loader_peers import (
     CONTENT,
@@ -40,7 +42,7 @@ from tests.benchmarks.loader_peers import (
     write_dataset,
     write_indexed,
 )
-from tests.benchmarks.rounds import Case, Outcome, main, measure
+from tests.benchmarks.rounds import Case, Outcome, exhaust, main, measure
 
 STORED = 1024 * 1024  # 2.1 GB in 32 windows
 RANDOM, BEFORE = 4_096, 256
@@ -61,9 +63,18 @@ def drop(folder: Path) -> None:
 
 def ours(folder: Path, count: int) -> None:
     """Steps of training until so many sequences were read."""
-    batches = training(Dataset.open(folder / "dataset"), STEP, SEQUENCES)
-    for step in range(count // STEP):
-        batches.at_step(step)
+    exhaust(opened(folder).in_order(0, count // STEP))
+
+
+def alone(folder: Path, count: int) -> None:
+    """The same steps, each asked for by itself."""
+    batches = opened(folder)
+    exhaust(batches.at_step(step) for step in range(count // STEP))
+
+
+def opened(folder: Path) -> TrainBatches:
+    """The batches of our dataset, of which nothing is known yet."""
+    return training(Dataset.open(folder / "dataset"), STEP, SEQUENCES)
 
 
 class Peer:
@@ -126,6 +137,7 @@ def benchmark(_device: str) -> Outcome:
 
         cases = [
             Case("whole pass", lambda: ours(folder, STORED), forget),
+            Case("nothing ahead", lambda: alone(folder, STORED), forget),
             Case("first window", lambda: ours(folder, WINDOW), forget),
             Case("disk alone", lambda: end_to_end(folder, 1), forget),
             Case("four streams", lambda: end_to_end(folder, 4), forget),
@@ -150,7 +162,7 @@ def benchmark(_device: str) -> Outcome:
                 for case in ("whole pass", "first window", "disk alone", "four streams")
                 for peer in ("IndexedDataset", "memmap")
             ),
-            *(("whole pass", limit) for limit in ("disk alone", "four streams")),
+            *(("whole pass", limit) for limit in ("disk alone", "four streams", "nothing ahead")),
         ],
         shape={
             "length": LENGTH,

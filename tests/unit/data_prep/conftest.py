@@ -6,6 +6,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 
@@ -13,6 +14,7 @@ from data_prep.build import build
 from data_prep.build_plan import BuildOptions
 from data_prep.cli import main
 from data_prep.tokenizer_training import TrainingOptions, train_tokenizer
+from tests.two_token_files import COUNTS, block_hashes
 
 SYLLABLES = ["ka", "to", "mi", "re", "su", "no", "la", "vi", "po", "den", "gra", "shi"]
 
@@ -124,3 +126,31 @@ def train_model():
         return model.getvalue()
 
     return train
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 2**32, count, np.uint32) for count in COUNTS]
+
+
+@pytest.fixture(scope="module")
+def originals(tokens, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    paths = [folder / str(number) for number in range(len(tokens))]
+    for path, values in zip(paths, tokens, strict=True):
+        path.write_bytes(values.tobytes())
+    return paths
+
+
+@pytest.fixture
+def paths(tokens, tmp_path):
+    """Files that a test may damage."""
+    for number, values in enumerate(tokens):
+        (tmp_path / str(number)).write_bytes(values.tobytes())
+    return [tmp_path / str(number) for number in range(len(tokens))]
+
+
+@pytest.fixture(scope="module")
+def hashes(tokens):
+    return [block_hashes(values.tobytes()) for values in tokens]

@@ -12,42 +12,20 @@ from hypothesis import strategies as st
 
 from data_prep import checked_file
 from data_prep.block_cache import EXTENT_BYTES, BlockCache
-from data_prep.checked_file import PAGE_BYTES, CheckedFile, OpenFiles
+from data_prep.checked_file import PAGE_BYTES, CheckedFile
 from data_prep.errors import CorruptError
 from data_prep.manifest import BLOCK_BYTES
-from tests.unit.data_prep.test_checked_file import block_hashes, flip
-
-# Two files: 2 blocks and 100 bytes, 1 page and a bit.
-COUNTS = ((2 * BLOCK_BYTES + 100) // 4, (PAGE_BYTES + 12) // 4)
-BLOCK, EXTENT, PAGE = BLOCK_BYTES // 4, EXTENT_BYTES // 4, PAGE_BYTES // 4
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, 2**32, count, np.uint32) for count in COUNTS]
-
-
-@pytest.fixture(scope="module")
-def originals(tokens, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    paths = [folder / str(number) for number in range(len(tokens))]
-    for path, values in zip(paths, tokens, strict=True):
-        path.write_bytes(values.tobytes())
-    return paths
-
-
-@pytest.fixture
-def paths(tokens, tmp_path):
-    """Files that a test may damage."""
-    for number, values in enumerate(tokens):
-        (tmp_path / str(number)).write_bytes(values.tobytes())
-    return [tmp_path / str(number) for number in range(len(tokens))]
-
-
-@pytest.fixture(scope="module")
-def hashes(tokens):
-    return [block_hashes(values.tobytes()) for values in tokens]
+from tests.two_token_files import (
+    BLOCK,
+    COUNTS,
+    EXTENT,
+    PAGE,
+    PLACES,
+    block_hashes,
+    cache_of,
+    flip,
+    gather,
+)
 
 
 @pytest.fixture
@@ -67,30 +45,6 @@ def counted(monkeypatch):
     note("read_block", blocks, BLOCK_BYTES)
     note("read_pages", pages, PAGE_BYTES)
     return blocks, pages
-
-
-def cache_of(paths, hashes, extents=100):
-    open_files = OpenFiles()
-    files = [CheckedFile(path, sums, open_files) for path, sums in zip(paths, hashes, strict=True)]
-    return BlockCache(files, extents * EXTENT_BYTES)
-
-
-def gather(cache, positions, count):
-    """The rows, written into the middle of a larger array in another order."""
-    positions = np.asarray(positions)
-    out = np.full((len(positions) + 1, count + 2), 7, np.uint32)
-    rows = np.arange(len(positions))[::-1] + 1
-    cache.gather(positions, rows, out[:, 1:-1])
-    assert (out[0] == 7).all()
-    assert (out[:, [0, -1]] == 7).all()
-    return out[rows, 1:-1]
-
-
-EDGES = [0, PAGE, EXTENT, BLOCK, BLOCK + EXTENT, 2 * BLOCK, COUNTS[0]]
-PLACES = st.one_of(
-    st.integers(0, COUNTS[0]),
-    st.tuples(st.sampled_from(EDGES), st.integers(-2, 2)).map(sum),
-).map(lambda place: min(max(place, 0), COUNTS[0]))
 
 
 @settings(max_examples=40)

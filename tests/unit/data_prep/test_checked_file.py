@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import hashlib
 import os
 import random
 
@@ -13,6 +12,7 @@ from data_prep import checked_file
 from data_prep.checked_file import PAGE_BYTES, PAGES_PER_BLOCK, CheckedFile, OpenFiles
 from data_prep.errors import CorruptError
 from data_prep.manifest import BLOCK_BYTES
+from tests.two_token_files import block_hashes, flip
 
 NUM_BYTES = 2 * BLOCK_BYTES + 3 * PAGE_BYTES + 100
 NUM_PAGES = 2 * PAGES_PER_BLOCK + 4
@@ -33,22 +33,6 @@ def path(content, tmp_path):
     """A file that a test may damage."""
     (tmp_path / "tokens").write_bytes(content)
     return tmp_path / "tokens"
-
-
-def block_hashes(content):
-    starts = range(0, len(content), BLOCK_BYTES)
-    return [hashlib.sha256(content[n : n + BLOCK_BYTES]).hexdigest() for n in starts]
-
-
-def flip(path, position):
-    """Change a bit as a disk does: nobody wrote, so the time of the last change stays."""
-    before = path.stat()
-    with path.open("r+b") as file:
-        file.seek(position)
-        (byte,) = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte ^ 1]))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def read_block(file, block):

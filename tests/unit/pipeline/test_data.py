@@ -38,6 +38,12 @@ class Tokens:
         for row, start in zip(out, starts.tolist(), strict=True):
             row[:] = self.read(split, start, start + len(row))
 
+    def announce_rows(self, split, starts, count):
+        return True
+
+    def stop_announced(self):
+        pass
+
 
 def stream(num_tokens, length=10):
     return SequenceStream(Tokens(num_tokens), "train", length)

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from data_prep.errors import CorruptError, UserError
 from pipeline import faults
 from pipeline.prefetch import Prefetcher
+from tests.benchmarks.rounds import exhaust
 from tests.engines import sequence_batch
 
 
@@ -29,6 +30,9 @@ class Counting:
             raise self.error
         self.read.append(step)
         return [step]
+
+    def in_order(self, first_step, end_step):
+        yield from map(self.at_step, range(first_step, end_step))
 
     def samples_at(self, step, rank):
         assert rank == self.rank
@@ -192,3 +196,27 @@ def test_the_prefetcher_reads_ahead_no_further_than_its_depth():
     prefetcher.close()
     assert time.monotonic() - started < 5
     assert counting.read == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("ending", ["closed", "unreadable", "not pinned"])
+def test_what_reads_ahead_for_the_thread_ends_with_it(monkeypatch, ending):
+    ended_by = []
+
+    class Ending(Counting):
+        def in_order(self, first_step, end_step):
+            try:
+                yield from super().in_order(first_step, end_step)
+            finally:
+                ended_by.append(threading.current_thread().name)
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    device = torch.device("cuda" if ending == "not pinned" else "cpu")
+    fails_at = 1 if ending == "unreadable" else None
+    prefetcher = Prefetcher(Ending(fails_at), 0, 1000, depth=2, device=device)
+    if ending == "closed":
+        prefetcher.next()
+    else:
+        with pytest.raises((CorruptError, AttributeError)):
+            exhaust(prefetcher.next() for _ in range(3))
+    prefetcher.close()
+    assert ended_by == ["prefetch"]
