@@ -59,6 +59,12 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
     return {"stage": stage, **buckets, **small, **more}
 
 
+def reach(elements: int) -> dict[str, int]:
+    """How far stage 3 looks back and ahead."""
+    kept = {"stage3_max_reuse_distance": elements, "stage3_max_live_parameters": elements}
+    return {**kept, "stage3_prefetch_bucket_size": 1_900}
+
+
 # Name -> preset, words, DeepSpeed JSON without its batch. Autocast is last: DeepSpeed remembers in
 # the process that it was on.
 POINTS = {
@@ -72,6 +78,10 @@ POINTS = {
     "small, stage 2, aligned": ("deberta_v3_small", RTD, BF16, zero(2, parameter_alignment=True)),
     "large, stage 3": ("deberta_v3_large", RTD, BF16, zero(3)),
     "v2, stage 3": ("deberta_v2_xlarge", MLM, BF16, zero(3)),
+    # Far below the models: what DeepSpeed gathers again in the backward pass.
+    "large, stage 3, nothing stays": ("deberta_v3_large", RTD, BF16, zero(3, **reach(20_000))),
+    "large, stage 3, half stays": ("deberta_v3_large", RTD, BF16, zero(3, **reach(38_000))),
+    "v2, stage 3, nothing stays": ("deberta_v2_xlarge", MLM, BF16, zero(3, **reach(5_000))),
     "v2, stage 1": ("deberta_v2_xlarge", MLM, BF16, {"stage": 1}),
     "bert, stage 2": ("bert_base", SMALL, BF16, zero(2)),
     "electra, stage 1": ("electra_base", ELECTRA, BF16, {"stage": 1}),

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config import RunConfig
+from pipeline.plan.gathering import gathered_times
 from pipeline.plan.parameters import EngineParameters, Parameter
 from pipeline.plan.sharding import Sharding
 
@@ -106,7 +107,12 @@ def _by_parameter(
     small = set(sharding.persistent(engine))
     large = [each for each in engine.ordered if each not in small]
     overlaps = sharding.overlaps_communication
-    gathered = _gathered_bytes(sharding, large) + _again_bytes(sharding, large)
+    gathered = sum(
+        times * _gathered_bytes(sharding, [each])
+        for each, times in zip(
+            engine.ordered, gathered_times(config, sharding, engine, name), strict=True
+        )
+    )
     yield Collective(name, "weights", "all_gather", micro_steps * gathered, overlaps)
     reduced = sum(
         sharding.world_size * sharding.part_elements(each) * sharding.sent_bytes(each)
@@ -142,19 +148,3 @@ def _gathered_bytes(sharding: Sharding, parameters: list[Parameter]) -> int:
         sharding.world_size * sharding.part_elements(each) * sharding.gathered_bytes(each)
         for each in parameters
     )
-
-
-def _again_bytes(sharding: Sharding, parameters: list[Parameter]) -> int:
-    """What the backward pass gathers again: parameters that are farther off than allowed.
-
-    The distance is counted in elements of the modules in between, forward and backward. What the
-    prefetcher has marked already stays too, as far as its bucket reaches.
-    """
-    zero = sharding.config.settings.zero_optimization
-    reach = max(zero.stage3_max_reuse_distance, zero.stage3_prefetch_bucket_size) // 2
-    behind, again = sum(each.elements for each in parameters), []
-    for parameter in parameters:
-        if behind > reach:
-            again.append(parameter)
-        behind -= parameter.elements
-    return _gathered_bytes(sharding, again)

@@ -121,11 +121,12 @@ def evaluate(
             whose effect on memory and communication is not known here; or the GPUs cannot compute
             so.
     """
+    engines = engine_parameters(config) if engines is None else engines
     _require_known(deepspeed)
+    _require_gathered_once(deepspeed, engines)
     _require_capable(config, deepspeed, cluster)
     batch = deepspeed.batch_plan(cluster.num_gpus)
     sharding = Sharding(deepspeed, cluster.num_gpus)
-    engines = engine_parameters(config) if engines is None else engines
     schedule = train_schedule(config, batch)
     rows = measured_steps() if measured is None else measured
     micro, collectives = batch.train_micro_batch_size_per_gpu, []
@@ -198,12 +199,35 @@ def _require_known(deepspeed: DeepSpeedConfig) -> None:
         "zero_quantized_weights": zero.zero_quantized_weights,
         "zero_quantized_gradients": zero.zero_quantized_gradients,
         "stage3_use_all_reduce_for_fetch_params": zero.stage3_use_all_reduce_for_fetch_params,
+        "stage3_max_reuse_distance=0": zero.stage3_max_reuse_distance == 0,
     }
     if keys := [key for key, is_used in unknown.items() if is_used]:
         raise UserError(
             f"{deepspeed.path}: zero_optimization.{keys[0]} cannot be planned: what it stores and"
             " sends is not modelled; plan without it"
         )
+
+
+def _require_gathered_once(
+    deepspeed: DeepSpeedConfig, engines: dict[str, EngineParameters]
+) -> None:
+    """Refuse a joint engine at stage 3 whose weights DeepSpeed may gather again.
+
+    Of other engines `pipeline.plan.gathering` counts that; two networks in one engine are gathered
+    more often than it says.
+    """
+    if deepspeed.zero_stage != 3 or "joint" not in engines:
+        return
+    zero, elements = deepspeed.settings.zero_optimization, engines["joint"].elements
+    keys = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")
+    for key in keys:
+        if getattr(zero, key) < elements:
+            raise UserError(
+                f"{deepspeed.path}: stage 3 cannot be planned for two networks in one engine with"
+                f" zero_optimization.{key}={getattr(zero, key)}, below their {elements} parameters:"
+                " how often weights are gathered is not known then; plan stage 1 or 2, or a larger"
+                f" {key}"
+            )
 
 
 def _require_capable(config: RunConfig, deepspeed: DeepSpeedConfig, cluster: Cluster) -> None:

@@ -112,7 +112,7 @@ def propose(config: RunConfig, deepspeed: DeepSpeedConfig, cluster: Cluster) -> 
     micro_batches = _micro_batches(config, deepspeed, cluster)
     jsons = {
         stage: [_with_choice(deepspeed, stage, micro) for micro in micro_batches]
-        for stage in _stages(deepspeed)
+        for stage in _stages(config, deepspeed)
     }
     found = []
     for (backend, compiles), stage, kind in itertools.product(
@@ -182,10 +182,12 @@ def fastest(alternatives: Sequence[Alternative], config: RunConfig | None = None
     return min(as_fast, key=lambda plan: (plan.sharding.stage, plan.run_seconds))
 
 
-def _stages(deepspeed: DeepSpeedConfig) -> range:
-    """Stages that the JSON's precision and offloading allow."""
+def _stages(config: RunConfig, deepspeed: DeepSpeedConfig) -> range:
+    """Stages that the JSON's precision and offloading allow, and that can be planned."""
     is_low = deepspeed.precision in ("bf16", "fp16")
-    return range(1 if is_low or deepspeed.offload_optimizer else 0, 4)
+    # Two networks in one engine at stage 3 are planned only where a JSON asks for it.
+    is_joint = "joint" in engine_parameters(config) and deepspeed.zero_stage != 3
+    return range(1 if is_low or deepspeed.offload_optimizer else 0, 3 if is_joint else 4)
 
 
 def _micro_batches(config: RunConfig, deepspeed: DeepSpeedConfig, cluster: Cluster) -> list[int]:

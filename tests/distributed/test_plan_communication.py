@@ -26,7 +26,7 @@ from tests.faults.forks import free_port
 from tests.planned_engines import POINTS, RANKS, assert_kept, point, train_point
 from tests.worlds import ROOT, TIMEOUT_SECONDS, environment
 
-HALVES = ([*POINTS][:9], [*POINTS][9:])
+HALVES = ([*POINTS][:10], [*POINTS][10:])
 """Points of one world each: on a busy machine all of them would take minutes."""
 
 

@@ -13,7 +13,11 @@ from pipeline.modeling.pair import NetworkPair
 from pipeline.optimizer import NO_DECAY_NAMES, parameter_groups
 from pipeline.plan import activations, parameters
 from pipeline.plan.devices import GPUS, Cluster, gpu_type
-from tests.planning import H100, LARGE, plan_of, with_model
+from pipeline.plan.gathering import gathered_times
+from pipeline.plan.parameters import engine_parameters
+from pipeline.plan.search import propose
+from pipeline.plan.sharding import Sharding
+from tests.planning import EIGHT, H100, LARGE, deepspeed_of, plan_of, with_model
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -64,6 +68,43 @@ def test_what_is_not_modelled_is_refused():
     for key, value in {"zero_quantized_weights": True, "zero_hpz_partition_size": 8}.items():
         with pytest.raises(UserError, match=rf"test.json: zero_optimization.{key} cannot be plan"):
             plan_of(LARGE, zero_optimization={"stage": 3, key: value})
+    with pytest.raises(UserError, match=r"zero_optimization.stage3_max_reuse_distance=0 cannot be"):
+        plan_of(LARGE, zero_optimization={"stage": 3, "stage3_max_reuse_distance": 0})
+
+
+def test_two_networks_in_one_engine_are_planned_where_their_weights_stay():
+    joint = load_run_config("electra_base")
+    elements = engine_parameters(joint)["joint"].elements
+    enough = {"stage3_prefetch_bucket_size": elements, "stage3_max_live_parameters": elements}
+    plan_of(joint, train_batch_size=256, zero_optimization={"stage": 3, **enough})
+    for key in enough:
+        less = {"stage": 3, **enough, key: elements - 1}
+        told = (
+            rf"test.json: stage 3 .*{key}={elements - 1}, below their {elements} par.*larger {key}"
+        )
+        with pytest.raises(UserError, match=told):
+            plan_of(joint, train_batch_size=256, zero_optimization=less)
+    alternatives = propose(joint, deepspeed_of(joint, train_batch_size=256), EIGHT)
+    assert {each.stage for each in alternatives} == {1, 2}
+
+
+def test_weights_that_stay_are_gathered_once_and_others_again():
+    """Large as it is, by the keys' defaults and by smaller ones."""
+
+    def times(name, **keys):
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 100_000, **keys}
+        sharding = Sharding(deepspeed_of(LARGE, zero_optimization=zero), 8)
+        engine = engine_parameters(LARGE)[name]
+        found = gathered_times(LARGE, sharding, engine, name)
+        return dict(zip([each.name for each in engine.ordered], found, strict=True))
+
+    for name in ("generator", "discriminator"):
+        assert set(times(name).values()) == {0, 1}
+        none = times(name, stage3_max_reuse_distance=1000, stage3_prefetch_bucket_size=1000)
+        assert none["deberta.encoder.layer.3.output.dense.weight"] == 2
+        assert none["deberta.encoder.layer.3.output.LayerNorm.weight"] == 0
+    word_table = "deberta.embeddings.word_embeddings.weight"
+    assert times("generator", stage3_max_reuse_distance=100_000_000)[word_table] == 2
 
 
 def test_more_gpus_take_less_time_and_more_communication():
