@@ -7,8 +7,10 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 
 from pipeline.modeling.kernels import serving, tile_table
 
@@ -56,6 +58,36 @@ def _let_scalars_be_numbers(patch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     patch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+def watch_launches(patch: pytest.MonkeyPatch, host: Any) -> list[tuple[list[torch.Size], bool]]:
+    """Let kernels run and write down where.
+
+    Args:
+        patch: Undone at the end of a test.
+        host: The module that launches them.
+
+    Returns:
+        Filled with every launch: shapes of the tensors whose device it was made for, outermost
+        first, and whether autocast was on.
+    """
+    inside: list[torch.Size] = []
+    launches: list[tuple[list[torch.Size], bool]] = []
+    launch = host.launch
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        inside.append(tensor.shape)
+        yield
+        inside.pop()
+
+    def watch(*args: Any, **constants: Any) -> None:
+        launches.append((list(inside), torch.is_autocast_enabled("cpu")))
+        launch(*args, **constants)
+
+    patch.setattr(torch.cuda, "device_of", device_of)
+    patch.setattr(host, "launch", watch)
+    return launches
 
 
 def choose_tiles(patch: pytest.MonkeyPatch, rows: int, columns: int | None = None) -> None:

@@ -39,12 +39,28 @@ def chunk_sums(
         Maximum and sum with this chunk; the logit at the target's place, or at the nearest one;
         the chunk's best.
     """
-    logits_NC = product_NC + bias_C
+    return logit_sums(product_NC + bias_C, max_N, sum_N, offset_N)
+
+
+def logit_sums(
+    logits_NC: torch.Tensor, max_N: torch.Tensor, sum_N: torch.Tensor, offset_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Best]:
+    """Compute `chunk_sums` of logits.
+
+    Args:
+        logits_NC: fp32 or fp64.
+        max_N: As in `chunk_sums`.
+        sum_N: As there.
+        offset_N: As there.
+
+    Returns:
+        As there.
+    """
     value_N, place_N = logits_NC.max(dim=1)
     new_max_N = torch.maximum(max_N, value_N)
-    sum_here_N = (logits_NC - new_max_N[:, None]).exp().sum(dim=1)
+    sum_here_N = (logits_NC - new_max_N[:, None]).exp_().sum(dim=1)
     sum_N = sum_N * (max_N - new_max_N).exp() + sum_here_N
-    column_N = offset_N.clamp(0, product_NC.shape[1] - 1)
+    column_N = offset_N.clamp(0, logits_NC.shape[1] - 1)
     here_N = logits_NC.gather(1, column_N[:, None])[:, 0]
     return new_max_N, sum_N, here_N, (value_N, place_N)
 

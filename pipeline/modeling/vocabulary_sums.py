@@ -151,14 +151,7 @@ def _sums(
     offset_N: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, chunk_functions.Best]:
     """Compute `chunk_sums` in little memory; the products become logits."""
-    logits_NC = product_NC.add_(bias_C)
-    value_N, place_N = logits_NC.max(dim=1)
-    new_max_N = torch.maximum(max_N, value_N)
-    sum_here_N = (logits_NC - new_max_N[:, None]).exp_().sum(dim=1)
-    sum_N = sum_N * (max_N - new_max_N).exp() + sum_here_N
-    column_N = offset_N.clamp(0, logits_NC.shape[1] - 1)
-    here_N = logits_NC.gather(1, column_N[:, None])[:, 0]
-    return new_max_N, sum_N, here_N, (value_N, place_N)
+    return chunk_functions.logit_sums(product_NC.add_(bias_C), max_N, sum_N, offset_N)
 
 
 def _gradient(

@@ -4,8 +4,6 @@ Tiles of many shapes, both forms of the products, fp16, fp64 and gradcheck, equa
 masks, padding, strides, and the promises of a torch operator.
 """
 
-import contextlib
-
 import pytest
 import torch
 
@@ -20,7 +18,7 @@ from tests.attention_batches import (
     assert_no_fallback,
     errors,
 )
-from tests.interpreting import needs_triton
+from tests.interpreting import needs_triton, watch_launches
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("interpreter")]
 
@@ -242,23 +240,9 @@ def test_a_second_backward_pass_repeats_the_first_and_a_second_derivative_is_ref
 
 def test_kernels_run_on_the_device_of_their_tensors_without_autocast(tiles, monkeypatch):
     tiles(32)
-    batch, inside, surroundings = AttentionBatch("full", 8, 32), [], []
-    host = serving.host()
-
-    @contextlib.contextmanager
-    def device_of(tensor):
-        inside.append(tensor.shape)
-        yield
-        inside.pop()
-
-    def watch(*args, **constants):
-        surroundings.append((list(inside), torch.is_autocast_enabled("cpu")))
-        launch(*args, **constants)
-
-    launch = host.launch
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(host, "launch", watch)
+    batch = AttentionBatch("full", 8, 32)
+    launches = watch_launches(monkeypatch, serving.host())
     with torch.autocast("cpu", torch.bfloat16):
         batch.value_and_gradients("triton", 0.1)
-    assert len(surroundings) == 9
-    assert all(each == ([torch.Size([1, 8, 32])], False) for each in surroundings)
+    assert len(launches) == 9
+    assert all(each == ([torch.Size([1, 8, 32])], False) for each in launches)

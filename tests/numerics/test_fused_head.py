@@ -1,6 +1,5 @@
 """The fused vocabulary head, interpreted on a CPU, against logits held whole and torch's form."""
 
-import contextlib
 import sys
 from dataclasses import replace
 from unittest import mock
@@ -18,7 +17,7 @@ from pipeline.modeling.networks import Generator
 from pipeline.plan.activations import masked_slots
 from pipeline.plan.workspaces import logits_workspace
 from pipeline.rtd import DrawKey, gumbel_noise
-from tests.interpreting import forget_kernels, needs_triton
+from tests.interpreting import forget_kernels, needs_triton, watch_launches
 from tests.reference.fused_head import KEY, HeadBatch, kernel_noise
 from tests.reference.small_networks import model_section, network_section
 
@@ -218,24 +217,10 @@ def test_launches_on_a_gpu_round_as_torchs_operations_do(architecture, kernel):
 
 @needs_triton
 def test_the_forward_pass_launches_on_the_device_of_its_tensors(monkeypatch):
-    batch, inside, launched = HeadBatch.make(7, 61), [], []
-    host = serving.host("vocabulary")
-
-    @contextlib.contextmanager
-    def device_of(tensor):
-        inside.append(tensor.shape)
-        yield
-        inside.pop()
-
-    def watch(*args, **constants):
-        launched.append(list(inside))
-        launch(*args, **constants)
-
-    launch = host.launch
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(host, "launch", watch)
+    batch = HeadBatch.make(7, 61)
+    launches = watch_launches(monkeypatch, serving.host("vocabulary"))
     batch.head("fused", 20)
-    assert launched == [[batch.weights[0].shape]] * 4
+    assert [inside for inside, _ in launches] == [[batch.weights[0].shape]] * 4
 
 
 @needs_triton
