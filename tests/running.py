@@ -63,6 +63,12 @@ class Stream:
         pairs = zip(np.split(samples, parts), np.split(epochs, parts), strict=True)
         return [self.batch(*each) for each in pairs]
 
+    def announce(self, samples):
+        return True
+
+    def stop_announced(self):
+        pass
+
     def token_range(self, sample):
         return sample * LENGTH, (sample + 1) * LENGTH
 
