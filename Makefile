@@ -3,6 +3,8 @@
 #   make test    the test suite, by files over WORKERS=logical|N processes, at most 4
 #   make lint    ruff and pyright
 #   make faults  the fault matrix: every row, and a table of what was seen
+#   make slurm   jobs on a live SLURM of several hosts on this machine; needs root;
+#                REQUIRE=1 fails where it cannot run
 #   make soak    KILLS=200 random kills against undisturbed runs
 #   make matrix  every ZeRO mode against a plain oracle
 #   make bench   ratios against peers, written to tests/benchmarks/results/
@@ -22,10 +24,12 @@ DEMO ?= demo
 KILLS ?= 200
 # Cores; `logical` asks the machine.
 WORKERS ?= logical
+# Tests on a live SLURM wait more than they compute.
+SLURM_WORKERS ?= 5
 
 export DS_BUILD_OPS = 0
 
-.PHONY: venv demo test lint faults soak matrix bench gpu gpu-wheels kernels-compile clean
+.PHONY: venv demo test lint faults slurm slurm-packages soak matrix bench gpu gpu-wheels kernels-compile clean
 
 venv: $(STAMP)
 
@@ -45,7 +49,7 @@ demo: $(STAMP)
 	$(BIN)/deberta demo --output $(DEMO)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not faults" --numprocesses $(WORKERS) --maxprocesses 4 \
+	$(BIN)/python -m pytest -m "not gpu and not faults and not slurm" --numprocesses $(WORKERS) --maxprocesses 4 \
 		--dist loadfile --no-loadscope-reorder --durations 15 --slow-files 20 tests
 
 lint: $(STAMP)
@@ -56,6 +60,15 @@ lint: $(STAMP)
 faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults --seeds 20 --faults-table tests/faults/results/faults.md
 	$(BIN)/python -m pytest -m faults tests/distributed
+
+# As root, on Debian; elsewhere it says what is missing.
+slurm-packages:
+	@tests/slurm/install_packages.sh
+
+slurm: $(STAMP) slurm-packages
+	$(BIN)/python -m pytest tests/slurm --numprocesses $(SLURM_WORKERS) --dist loadfile \
+		--no-loadscope-reorder --durations 15 --slurm-table tests/slurm/results/slurm.md \
+		$(if $(REQUIRE),--require-slurm)
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak --kills $(KILLS) --output tests/soak/results/soak.md
