@@ -7,8 +7,8 @@
     .start_sshd            ssh between the hosts, with keys and settings of its own
 
 A host is a process in namespaces of its own (`host.sh`), so that nothing of it outlives it: no
-daemon, no entry in /run/netns or /etc. It ends when this process does, by `kill -9` too. Addresses are
-10.77.0.N inside the hosts and nowhere else, so that several sets of hosts live side by side.
+daemon, no entry in /run/netns or /etc. It ends when this process does, by `kill -9` too. Addresses
+are 10.77.0.N inside the hosts and nowhere else, so that several sets of hosts live side by side.
 """
 
 import contextlib

@@ -1,0 +1,77 @@
+#!/bin/bash
+# Nodes that failed: remembered in RUN/slurm/bad-nodes, excluded from a job's next start.
+#
+#   note_bad_node      one failure; MAX_NODE_FAILURES of them and the node is excluded
+#   first_node_of      whom srun's messages name first
+#   find_excludable    fills EXCLUDABLE; fails where there are none or too few nodes would be left
+#   exclude_bad_nodes  changes the queued job
+#   preflight          one check of every node before training, by `deberta doctor --node`
+
+: "${MAX_NODE_FAILURES:=2}" # once is an accident; a node that fails again is broken
+EXCLUDABLE=()
+
+note_bad_node() { # NODE REASON [TIMES]
+    for _ in $(seq "${3:-1}"); do
+        printf '%s %(%FT%T)T job %s start %s: %s\n' "$1" -1 "$SLURM_JOB_ID" "$RESTART" "$2"
+    done >>"$BOOKS/bad-nodes"
+    say "node $1 failed: $2"
+}
+
+blamed_nodes() { # FILE: every node that srun's messages name, one a line, the first one first
+    local names
+    sed -n -e 's/^srun: error: Node failure on \([^ ]*\).*/\1/p' \
+        -e 's/^srun: error: \([^ :]*\): tasks\{0,1\} .*/\1/p' "$1" 2>/dev/null |
+        while read -r names; do scontrol show hostnames "$names"; done
+}
+
+first_node_of() { blamed_nodes "$1" | head -n 1; } # the others die with it
+
+bad_nodes() { # one a line
+    if [ ! -e "$BOOKS/bad-nodes" ]; then return; fi
+    cut -d ' ' -f 1 "$BOOKS/bad-nodes" | sort | uniq -c | while read -r count node; do
+        if [ "$count" -ge "$MAX_NODE_FAILURES" ]; then echo "$node"; fi
+    done
+}
+
+find_excludable() {
+    local left
+    mapfile -t EXCLUDABLE < <(bad_nodes)
+    if [ "${#EXCLUDABLE[@]}" = 0 ]; then return 1; fi
+    left=$(timeout 20 sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N | sort -u |
+        grep -cvxF -f <(printf '%s\n' "${EXCLUDABLE[@]}"))
+    if [ "${left:-0}" -lt "$SLURM_JOB_NUM_NODES" ]; then
+        say "${EXCLUDABLE[*]} failed, but without them only ${left:-0} nodes are left: not excluded"
+        return 1
+    fi
+}
+
+exclude_bad_nodes() { # SLURM takes this while the job is queued: also while this shell still ends
+    local tries names
+    if ! find_excludable; then return; fi
+    names=$(IFS=,; echo "${EXCLUDABLE[*]}")
+    # What the user excluded stays excluded.
+    if [ -n "${JOB_EXCLUDED:-}" ] && [ "$JOB_EXCLUDED" != '(null)' ]; then names+=",$JOB_EXCLUDED"; fi
+    for tries in {1..20}; do
+        if timeout 20 scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$names"; then
+            say "excluded from the next start: $names"
+            return
+        fi
+        sleep "0.$tries"
+    done # the next start sees that it has such a node, and gives it back
+}
+
+preflight() { # ends the job where training must not start on these nodes
+    local node failed
+    say "checking the nodes"
+    timeout "${PREFLIGHT_SECONDS:-90}" srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --label \
+        --kill-on-bad-exit=0 --export=ALL "${CONTAINER_WORDS[@]}" "${PREFLIGHT_WORDS[@]}" \
+        2> >(tee "$BOOKS/preflight.err" >&2) && return 0
+    mapfile -t failed < <(blamed_nodes "$BOOKS/preflight.err" | sort -u)
+    if [ "${#failed[@]}" = "$SLURM_JOB_NUM_NODES" ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+        end_job 1 "the check before training fails on every node: $BOOKS/preflight.err"
+    fi
+    for node in "${failed[@]}"; do # its own word needs no second failure
+        note_bad_node "$node" "the check before training" "$MAX_NODE_FAILURES"
+    done
+    crashed 1 "the check before training failed on ${failed[*]:-no node that srun names}"
+}
