@@ -356,6 +356,10 @@ def _stopped(session: "Session", step: int | None) -> int:
         done = "before the first step" if step is None else f"committed step {step}"
         message = f"stopped on request; {done}; the same command resumes"
         tell(message)
+    # A launcher ends the other ranks when one has left with a code that is not 0, and would end
+    # rank 0 before it has said how the run stands.
+    with contextlib.suppress(RuntimeError):  # a rank has died since
+        session.control_group.barrier().wait()
     return EXIT_STOPPED
 
 
