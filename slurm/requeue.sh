@@ -169,12 +169,13 @@ leave_it_to_slurm() { # scancel, scontrol requeue, preemption past its grace, a 
 }
 
 decide() { # RC: by training's word; the job is this shell's to end
-    local rc=$1 node
+    local node
     case $STATUS in
         'done') end_job 0 "the run is done" ;;
         stopped)
             case $REASON in
-                SIGTERM | SIGUSR1 | 'a signal'*) requeue_or_end "$EXIT_STOPPED" "stopped by $REASON" ;;
+                # "request": another rank than the first has heard it.
+                SIGTERM | SIGUSR1 | request | 'a signal'*) requeue_or_end "$EXIT_STOPPED" "stopped by $REASON" ;;
                 *) end_job "$EXIT_STOPPED" "stopped: $REASON" ;; # a person's file, a disk without room
             esac ;;
         diverged) end_job "$EXIT_DIVERGED" "diverged: $REASON" ;;
@@ -184,9 +185,13 @@ decide() { # RC: by training's word; the job is this shell's to end
                 < <(grep -oP '\(host \K[^ ,)]+' <<<"$REASON" | sort -u)
             crashed "$EXIT_HANG" "$REASON" ;;
         silent)
-            if [ "$rc" = 2 ] && [ "$RESTART" = 0 ]; then end_job 2 "the command was refused"; fi
-            note_crash "$rc" "training ended before it had begun" ;;
-        *) note_crash "$rc" "training crashed" ;;
+            # srun's own code may be that of a rank that it has killed for the first one's.
+            if [ "$RESTART" = 0 ] && grep -m 1 '^srun: error: .*task' "$BOOKS/srun.err" |
+                grep -q 'Exited with exit code 2$'; then
+                end_job 2 "training refuses its command line, configuration or data: see $BOOKS/rank-00000.log"
+            fi
+            note_crash "$1" "training ended before it had begun" ;;
+        *) note_crash "$1" "training crashed" ;;
     esac
 }
 

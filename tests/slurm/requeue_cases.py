@@ -103,6 +103,106 @@ def finished_and_requeued(trial):
     return job
 
 
+def a_rank_is_killed(trial):
+    """SIGKILL of a rank"""
+    trial.submit(*FAST, "fault=kill:1:12:0")
+    job = trial.end()
+    assert trial.verdicts() == ["requeue", "end"]
+    assert trial.state()["status"] == "done"
+    assert job["Restarts"] == "1"
+    assert 0 <= trial.lost_steps() <= 5
+    return job
+
+
+def crashes_without_progress(trial):
+    """a crash at each start, before a commit"""
+    trial.submit(*FAST, "fault=raise:0:3:*", MAX_RESTARTS="6")
+    job = trial.end("FAILED")
+    assert trial.verdicts() == ["requeue", "requeue", "end"]
+    assert "given up: 3 times without a new commit" in trial.decisions()[-1]["reason"]
+    assert job["Restarts"] == "2"
+    return job
+
+
+def crashes_with_progress(trial):
+    """a crash at each start, behind a commit"""
+    faults = ",".join(f"raise:0:{7 + 5 * start}:{start}" for start in range(8))
+    trial.submit(*FAST, f"fault={faults}", MAX_RESTARTS="3", MAX_CRASHES_WITHOUT_PROGRESS="2")
+    job = trial.end("FAILED")
+    assert trial.verdicts() == ["requeue", "requeue", "requeue", "end"]
+    assert "MAX_RESTARTS=3" in trial.decisions()[-1]["reason"]
+    assert job["Restarts"] == "3"
+    return job
+
+
+def hangs_once(trial):
+    """a hang"""
+    trial.submit(*FAST, "fault=hang:1:12:0")
+    job = trial.end()
+    requeue = next(each for each in trial.decisions() if each["decision"] == "requeue")
+    assert "hang: rank 1" in requeue["reason"]
+    bad = (trial.run / "slurm/bad-nodes").read_text().splitlines()
+    assert [line.split()[0] for line in bad] == [trial.cluster.nodes[1]]
+    assert job["Restarts"] == "1"
+    return job
+
+
+def _ends_for_good(trial, code, reason):
+    job = trial.end("FAILED")
+    assert trial.verdicts() == ["end"]
+    assert reason in trial.decisions()[-1]["reason"]
+    assert (job["ExitCode"], job["Restarts"]) == (f"{code}:0", "0")
+    return job
+
+
+def diverges(trial):
+    """divergence"""
+    trial.submit(*FAST, "fault=diverged:0:7:*")
+    return _ends_for_good(trial, 87, "diverged: for a test")
+
+
+def finds_corrupt_data(trial):
+    """corrupt data"""
+    trial.submit(*FAST, "fault=corrupt:1:7:*")
+    return _ends_for_good(trial, 88, "corrupt: for a test")
+
+
+def runs_out_of_disk(trial):
+    """a disk that fills up"""
+    trial.submit(*FAST, "fault=disk:0:7:*,disk:1:7:*")
+    return _ends_for_good(trial, 75, "stopped: disk: 3 MiB")
+
+
+def is_refused(trial):
+    """a command line that training refuses"""
+    trial.submit(*FAST, "refuse=1")
+    return _ends_for_good(trial, 2, "training refuses its command line")
+
+
+def the_kill_switch_is_on(trial):
+    """RUN/no-restart while training runs, and before the next job"""
+    trial.submit(*FAST).until_step(12)
+    (trial.run / "no-restart").touch()
+    trial.signal("USR1", "--batch")
+    job = _ends_for_good(trial, 75, "no-restart exists")
+    computed = trial.computed()
+    trial.submit(*FAST).end("FAILED")
+    assert trial.computed() == computed
+    assert "not started" in trial.decisions()[-1]["reason"]
+    return job
+
+
+def the_limit_comes_first(trial):
+    """the time limit before the commit has ended"""
+    words = ("steps=600", "commit_every=100", "fault=deaf:0:1:0,deaf:1:1:0")
+    trial.submit(*words, minutes=1, options=["--signal=B:USR1@20"])
+    job = trial.end(seconds=240)
+    assert trial.state()["status"] == "done"
+    assert "time limit" in trial.decisions()[1]["reason"]
+    assert trial.lost_steps() > 0
+    return job
+
+
 STOPS = [
     usr1_before_the_limit,
     usr1_by_hand,
@@ -111,5 +211,19 @@ STOPS = [
     preempted_within_the_grace,
     preempted_past_the_grace,
     cancelled,
+    the_limit_comes_first,
     finished_and_requeued,
+]
+CRASHES = [
+    a_rank_is_killed,
+    crashes_without_progress,
+    crashes_with_progress,
+    hangs_once,
+]
+ENDS = [
+    diverges,
+    finds_corrupt_data,
+    runs_out_of_disk,
+    is_refused,
+    the_kill_switch_is_on,
 ]

@@ -44,6 +44,9 @@ def status():
 
 def end(name, step, reason, code):
     """Rank 0 writes state.json, and nobody leaves before it has: srun kills who remains."""
+    if rank == 0 and status() != "running":
+        say("another rank has gone: nobody to agree with")
+        os._exit(1)
     if rank == 0:
         folder.write_status(name, step, reason)
     while status() != name:
