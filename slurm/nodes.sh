@@ -26,6 +26,8 @@ blamed_nodes() { # FILE: every node that srun's messages name, one a line, the f
 
 first_node_of() { blamed_nodes "$1" | head -n 1; } # the others die with it
 
+job_has_node() { scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -qxF "$1"; }
+
 bad_nodes() { # one a line
     if [ ! -e "$BOOKS/bad-nodes" ]; then return; fi
     cut -d ' ' -f 1 "$BOOKS/bad-nodes" | sort | uniq -c | while read -r count node; do

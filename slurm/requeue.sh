@@ -38,7 +38,9 @@ record() { # DECISION REASON
 
 # --- state.json: one key a line, replaced by rename ---
 
-state_word() { sed -n "s/^ *\"$1\": \"\(.*\)\",\{0,1\}\$/\1/p" "$RUN/state.json" 2>/dev/null; }
+state_word() { # KEY: its text, without JSON's escapes of quotes
+    sed -n "s/^ *\"$1\": \"\(.*\)\",\{0,1\}\$/\1/p" "$RUN/state.json" 2>/dev/null | sed 's/\\\(["\\]\)/\1/g'
+}
 
 state_step() {
     local step
@@ -56,18 +58,18 @@ field() { # NAME LINE: the value of NAME=value
     echo "${rest%% *}"
 }
 
-ask_slurm() { # sets JOB_STATE, JOB_REASON and JOB_EXCLUDED; a controller that is away is waited for
+ask_slurm() { # sets JOB_STATE, JOB_REASON, ...; a controller that is away is waited for
     local answer deadline=$((SECONDS + RETRY_SECONDS))
     until answer=$(timeout 20 scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null) && [ -n "$answer" ]; do
         if [ "$SECONDS" -ge "$deadline" ]; then
             say "scontrol has not answered for $RETRY_SECONDS s"
-            JOB_STATE=UNKNOWN JOB_REASON='' JOB_EXCLUDED=''
+            JOB_STATE=UNKNOWN JOB_REASON='' JOB_EXCLUDED='' JOB_PREEMPTED=None
             return
         fi
         sleep 2
     done
     JOB_STATE=$(field JobState "$answer") JOB_REASON=$(field Reason "$answer")
-    JOB_EXCLUDED=$(field ExcNodeList "$answer")
+    JOB_EXCLUDED=$(field ExcNodeList "$answer") JOB_PREEMPTED=$(field PreemptTime "$answer")
 }
 
 # --- the ways to end ---
@@ -135,7 +137,7 @@ give_back_bad_nodes() { # LAST: the exclusion came too late where the node was t
     local node
     if [[ $1 == *'given back'* ]] || ! find_excludable; then return; fi
     for node in "${EXCLUDABLE[@]}"; do
-        if scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -qxF "$node"; then
+        if job_has_node "$node"; then
             ask_slurm
             requeue_or_end "$EXIT_STOPPED" "given back: node $node failed $MAX_NODE_FAILURES times"
         fi
@@ -174,15 +176,21 @@ decide() { # RC: by training's word; the job is this shell's to end
         'done') end_job 0 "the run is done" ;;
         stopped)
             case $REASON in
+                'a signal'*) # to ranks that waited for others: srun's own, where one of those had died
+                    if [ -z "$HEARD_USR1" ] && [ "$JOB_PREEMPTED" = None ]; then
+                        note_crash "$1" "training ended before it had begun"
+                    fi
+                    requeue_or_end "$EXIT_STOPPED" "stopped by $REASON" ;;
                 # "request": another rank than the first has heard it.
-                SIGTERM | SIGUSR1 | request | 'a signal'*) requeue_or_end "$EXIT_STOPPED" "stopped by $REASON" ;;
+                SIGTERM | SIGUSR1 | request) requeue_or_end "$EXIT_STOPPED" "stopped by $REASON" ;;
                 *) end_job "$EXIT_STOPPED" "stopped: $REASON" ;; # a person's file, a disk without room
             esac ;;
         diverged) end_job "$EXIT_DIVERGED" "diverged: $REASON" ;;
         corrupt) end_job "$EXIT_CORRUPT" "corrupt: $REASON" ;;
         hang)
-            while read -r node; do note_bad_node "$node" "$REASON"; done \
-                < <(grep -oP '\(host \K[^ ,)]+' <<<"$REASON" | sort -u)
+            while read -r node; do # a host's name may be longer than its node's
+                if job_has_node "${node%%.*}"; then note_bad_node "${node%%.*}" "$REASON"; fi
+            done < <(grep -oP '\(host \K[^ ,)]+' <<<"$REASON" | sort -u)
             crashed "$EXIT_HANG" "$REASON" ;;
         silent)
             # srun's own code may be that of a rank that it has killed for the first one's.

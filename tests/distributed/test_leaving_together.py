@@ -1,4 +1,4 @@
-"""A launcher ends who remains when one rank has left: nobody leaves before state.json is written."""
+"""A launcher ends who remains when a rank has left: nobody leaves before state.json is written."""
 
 import multiprocessing
 import time

@@ -12,6 +12,9 @@ from tests.slurm.cluster import Cluster, why_there_can_be_no_cluster
 from tests.slurm.hosts import Hosts, unique_prefix, why_there_can_be_no_hosts
 from tests.slurm.outcomes import PROPERTY, Outcome, markdown, sorted_outcomes
 
+# Assertions of these say what they saw, as those of a test do.
+pytest.register_assert_rewrite("tests.slurm.requeue_cases", "tests.slurm.trials")
+
 
 def pytest_addoption(parser):
     parser.addoption("--require-slurm", action="store_true", help="a skip for lack of SLURM fails")

@@ -140,7 +140,8 @@ def hangs_once(trial):
     trial.submit(*FAST, "fault=hang:1:12:0")
     job = trial.end()
     requeue = next(each for each in trial.decisions() if each["decision"] == "requeue")
-    assert "hang: rank 1" in requeue["reason"]
+    assert requeue["reason"].startswith("hang: rank 1 (host ")
+    assert requeue["reason"].endswith('in phase "data" of step 12')
     bad = (trial.run / "slurm/bad-nodes").read_text().splitlines()
     assert [line.split()[0] for line in bad] == [trial.cluster.nodes[1]]
     assert job["Restarts"] == "1"

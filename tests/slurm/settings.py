@@ -48,7 +48,9 @@ MinJobAge=3600
 SlurmdTimeout=10
 TCPTimeout=2
 MessageTimeout=5
-UnkillableStepTimeout=30
+# A step that ends while the controller is down says so again after 60 s; a node that waits for it
+# longer than this drains itself.
+UnkillableStepTimeout=120
 BatchStartTimeout=5
 GresTypes=gpu
 MailProg=/bin/true

@@ -20,6 +20,7 @@ from pipeline.run_folder import RunFolder
 
 EXIT_STOPPED, EXIT_HANG, EXIT_DIVERGED, EXIT_CORRUPT = 75, 86, 87, 88
 rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
 start = os.environ.get("SLURM_RESTART_COUNT", "0")
 words = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
 steps = int(words.get("steps", 40))
@@ -42,11 +43,20 @@ def status():
         return ""
 
 
+def agree():
+    """Stopping is a collective: where a rank has gone, the others fail instead."""
+    (folder.path / f"agrees-{start}-{rank}").touch()
+    deadline = time.monotonic() + 3
+    while len(list(folder.path.glob(f"agrees-{start}-*"))) < world_size:
+        if time.monotonic() > deadline:
+            say("another rank has gone")
+            os._exit(1)
+        time.sleep(0.02)
+
+
 def end(name, step, reason, code):
     """Rank 0 writes state.json, and nobody leaves before it has: srun kills who remains."""
-    if rank == 0 and status() != "running":
-        say("another rank has gone: nobody to agree with")
-        os._exit(1)
+    agree()
     if rank == 0:
         folder.write_status(name, step, reason)
     while status() != name:

@@ -1,4 +1,7 @@
-"""The cluster itself: steps on all nodes, accidents, and nothing that outlives its owner."""
+"""The cluster itself: steps on all nodes, accidents, and nothing that outlives its owner.
+
+With one case of pretrain.sbatch, this is what `make test` runs on a live SLURM.
+"""
 
 import os
 import signal
@@ -10,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.slurm import requeue_cases
 from tests.slurm.cluster import remove_what_dead_owners_left
 from tests.slurm.hosts import owner_of
+from tests.slurm.trials import Trial
 
 ROOT = Path(__file__).parents[2]
 JOB = """#!/bin/bash
@@ -74,3 +79,7 @@ def test_nothing_outlives_an_owner_that_was_killed(tmp_path):
         time.sleep(0.05)
     remove_what_dead_owners_left()
     assert not group.exists()
+
+
+def test_a_job_comes_back_after_usr1(cluster, tmp_path):
+    requeue_cases.usr1_by_hand(Trial(cluster, tmp_path))

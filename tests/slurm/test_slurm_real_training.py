@@ -15,6 +15,7 @@ JSON = {
     "train_batch_size": 8,
     "train_micro_batch_size_per_gpu": 2,
     "gradient_clipping": 1.0,
+    "bf16": {"enabled": False},
     "zero_optimization": {"stage": 1, "reduce_bucket_size": 1_000_000},
 }
 

@@ -41,6 +41,7 @@ class Trial:
             **variables,
         }
         shape = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--gpus-per-node={tasks}"]
+        shape.append("--cpus-per-task=1")
         self.job_id = self.cluster.sbatch(
             self.home / "slurm/pretrain.sbatch",
             options=[*shape, f"--time={minutes}", *options],
@@ -124,6 +125,7 @@ class Trial:
 
     def seen(self, job):
         """For the table of outcomes."""
+        self.until(lambda: self.cluster.states_seen(self.job_id)[-1] == job["JobState"], "the end")
         end = self.state()["status"] if (self.run / "state.json").exists() else ""
         return {
             "states": self.cluster.states_seen(self.job_id),
