@@ -20,6 +20,7 @@ note_bad_node() { # NODE REASON [TIMES]
 blamed_nodes() { # FILE: every node that srun's messages name, one a line, the first one first
     local names
     sed -n -e 's/^srun: error: Node failure on \([^ ]*\).*/\1/p' \
+        -e 's/^srun: error: Task launch for .* failed on node \([^ :]*\).*/\1/p' \
         -e 's/^srun: error: \([^ :]*\): tasks\{0,1\} .*/\1/p' "$1" 2>/dev/null |
         while read -r names; do scontrol show hostnames "$names"; done
 }

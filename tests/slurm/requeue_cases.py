@@ -75,6 +75,8 @@ def preempted_past_the_grace(trial):
     job = trial.end(seconds=180)
     assert trial.state()["status"] == "done", trial.text()
     assert job["Restarts"] == "1"
+    assert trial.verdicts() == ["left to SLURM", "end"]
+    assert not (trial.run / "slurm/bad-nodes").exists()
     assert trial.lost_steps() > 0
     return job
 
@@ -116,7 +118,7 @@ def a_rank_is_killed(trial):
 
 def crashes_without_progress(trial):
     """a crash at each start, before a commit"""
-    trial.submit(*FAST, "fault=raise:0:3:*", MAX_RESTARTS="6")
+    trial.submit(*FAST, "fault=raise:0:3:*", MAX_RESTARTS="4")
     job = trial.end("FAILED")
     assert trial.verdicts() == ["requeue", "requeue", "end"]
     assert "given up: 3 times without a new commit" in trial.decisions()[-1]["reason"]

@@ -1,18 +1,20 @@
-"""pretrain.sbatch where nodes and the controller fail: excluded, waited for; a stand-in trains."""
-
-import signal
-import threading
+"""pretrain.sbatch where nodes fail: it goes on elsewhere, and without those that fail twice."""
 
 import pytest
 
-from tests.slurm.trials import Trial
+from tests.slurm.trials import ROOT, Trial
 
 pytestmark = pytest.mark.slurm
 SHAPE = {"nodes": 3}
+MESSAGES = """\
+srun: error: Task launch for StepId=12.0 failed on node n[7-8]: Communication connection failure
+srun: error: n2: task 1: Killed
+srun: launch/slurm: _step_signal: Terminating StepId=12.0
+srun: error: gpu-a[3-4]: tasks 2-3: Exited with exit code 1
+srun: error: Node failure on n9
+srun: error: Timed out waiting for job step to complete
+"""
 SLOW = ("steps=300", "step_seconds=0.1", "commit_every=20")
-CONTROLLER_AWAY_SECONDS = 10
-CONTROLLER_KNOWS_STEP = 80
-"""A controller that is killed forgets what it has not saved, and it saves every 5 s."""
 
 
 @pytest.fixture
@@ -79,39 +81,6 @@ def test_a_check_that_fails_everywhere_is_no_node_s_fault(trial, outcome):
     outcome("all nodes fail the check before training", **trial.seen(job))
 
 
-@pytest.mark.parametrize("accident", ["USR1", "SIGKILL of a rank"])
-def test_controller_away(accident, cluster, trial, outcome):
-    """Training ends while the controller is down; the job's shell waits and is requeued."""
-    fault = "" if accident == "USR1" else f"fault=kill:1:{CONTROLLER_KNOWS_STEP + 10}:0"
-    trial.submit("steps=120", fault).until_step(CONTROLLER_KNOWS_STEP)
-    shell = cluster.job(trial.job_id)["BatchHost"]
-    cluster.stop_controller()
-    back = threading.Timer(CONTROLLER_AWAY_SECONDS, cluster.start_controller)
-    back.start()
-    if accident == "USR1":
-        found = cluster.run_on(shell, ["pgrep", "-f", "slurm_script"]).stdout.split()
-        assert cluster.run_on(shell, ["kill", "-USR1", found[0]]).returncode == 0
-        trial.until(lambda: trial.state()["status"] == "stopped", "the commit", 9)
-    back.join()
-    job = trial.end()
-    assert trial.verdicts() == ["requeue", "end"]
-    assert job["Restarts"] == "1"
-    outcome(f"controller down for 10 s, {accident} meanwhile", **trial.seen(job))
-
-
-def test_a_cancelled_job_stays_so_when_the_controller_was_away(cluster, trial, outcome):
-    trial.submit("steps=300").until_step(CONTROLLER_KNOWS_STEP)
-    cluster.client("scancel", trial.job_id)
-    cluster.stop_controller(signal.SIGTERM)
-    threading.Timer(CONTROLLER_AWAY_SECONDS, cluster.start_controller).start()
-    trial.until(
-        lambda: cluster.run_on(cluster.controller, ["scontrol", "ping"]).returncode == 0, "it"
-    )
-    job = trial.end("CANCELLED")
-    assert job["Restarts"] == "0"
-    outcome("scancel, then the controller is down for 10 s", **trial.seen(job))
-
-
 def test_dependents_of_a_failed_array_task_are_cancelled(cluster, tmp_path, outcome):
     script = tmp_path / "task.sh"
     script.write_text('#!/bin/bash\n[ "${SLURM_ARRAY_TASK_ID:-0}" != 2 ]\n')
@@ -123,3 +92,10 @@ def test_dependents_of_a_failed_array_task_are_cancelled(cluster, tmp_path, outc
     assert cluster.job(f"{array}_2")["JobState"] == "FAILED"
     states = cluster.states_seen(dependent)
     outcome("a task of an array fails: its dependent", states=states, end="CANCELLED")
+
+
+def test_the_nodes_that_srun_blames(cluster, tmp_path):
+    (tmp_path / "srun.err").write_text(MESSAGES)
+    words = f". {ROOT}/slurm/nodes.sh; blamed_nodes {tmp_path}/srun.err"
+    blamed = cluster.client("bash", "-c", words).split()
+    assert blamed == ["n7", "n8", "n2", "gpu-a3", "gpu-a4", "n9"]
