@@ -183,6 +183,7 @@ decide() { # RC: by training's word; the job is this shell's to end
                     requeue_or_end "$EXIT_STOPPED" "stopped by $REASON" ;;
                 # "request": another rank than the first has heard it.
                 SIGTERM | SIGUSR1 | request) requeue_or_end "$EXIT_STOPPED" "stopped by $REASON" ;;
+                *'of memory are left'*) crashed "$EXIT_STOPPED" "stopped: $REASON" ;; # it may have grown
                 *) end_job "$EXIT_STOPPED" "stopped: $REASON" ;; # a person's file, a disk without room
             esac ;;
         diverged) end_job "$EXIT_DIVERGED" "diverged: $REASON" ;;

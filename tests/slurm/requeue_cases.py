@@ -173,7 +173,19 @@ def finds_corrupt_data(trial):
 def runs_out_of_disk(trial):
     """a disk that fills up"""
     trial.submit(*FAST, "fault=disk:0:7:*,disk:1:7:*")
-    return _ends_for_good(trial, 75, "stopped: disk: 3 MiB")
+    return _ends_for_good(trial, 75, "stopped: 3 MiB are left on the disk")
+
+
+def runs_out_of_memory(trial):
+    """memory that fills up while steps are taken"""
+    faults = ",".join(
+        f"memory:{rank}:{7 * (1 + start)}:{start}" for rank in (0, 1) for start in (0, 1)
+    )
+    trial.submit(*FAST, f"fault={faults}", MAX_CRASHES_WITHOUT_PROGRESS="2")
+    job = trial.end()
+    assert trial.verdicts() == ["requeue", "requeue", "end"]
+    assert (job["Restarts"], trial.lost_steps()) == ("2", 0)
+    return job
 
 
 def is_refused(trial):
@@ -227,6 +239,7 @@ ENDS = [
     diverges,
     finds_corrupt_data,
     runs_out_of_disk,
+    runs_out_of_memory,
     is_refused,
     the_kill_switch_is_on,
 ]

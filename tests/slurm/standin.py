@@ -20,6 +20,10 @@ from pipeline.run_folder import RunFolder
 
 EXIT_STOPPED, EXIT_HANG, EXIT_DIVERGED, EXIT_CORRUPT = 75, 86, 87, 88
 rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+SHORTAGES = {
+    "disk": "3 MiB are left on the disk of the run folder, what the next commit needs included",
+    "memory": "3 MiB of memory are left on the host of rank 0",
+}
 world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
 start = os.environ.get("SLURM_RESTART_COUNT", "0")
 words = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
@@ -85,8 +89,8 @@ def hurt(what, step):
     elif what in ("diverged", "corrupt"):
         folder.write_status(what, None, f"{what}: for a test")
         os._exit({"diverged": EXIT_DIVERGED, "corrupt": EXIT_CORRUPT}[what])
-    elif what == "disk":
-        end("stopped", folder.committed_step(), "disk: 3 MiB are left in RUN", EXIT_STOPPED)
+    elif what in SHORTAGES:
+        end("stopped", step, SHORTAGES[what], EXIT_STOPPED)
     elif what == "deaf":
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)

@@ -63,20 +63,35 @@ def test_a_shell_s_own_node_is_excluded_too(cluster, trial, outcome):
     outcome("the node of the job's shell fails twice", **trial.seen(job))
 
 
-def test_the_check_before_training_names_and_excludes_a_node(cluster, trial, tmp_path, outcome):
+CHECKS = {
+    "fails": '[ "$(hostname)" != {bad} ] || {{ echo "{bad} disk: FAIL, full"; exit 1; }}',
+    "is named by another": """
+[ "$(hostname)" = {bad} ] && exit 0
+scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -qx {bad} || exit 0
+echo "{bad} clock: FAIL, 300 s late; set it"
+exit 1""",
+    "cannot check": '[ "$(hostname)" != {bad} ]',
+}
+
+
+@pytest.mark.parametrize("kind", CHECKS)
+def test_the_check_before_training_names_and_excludes_a_node(
+    kind, cluster, trial, tmp_path, outcome
+):
     check = tmp_path / "check"
-    check.write_text(f'#!/bin/bash\n[ "$(hostname)" != {cluster.nodes[1]} ]\n')
+    bad = cluster.nodes[1]
+    check.write_text("#!/bin/bash\n" + CHECKS[kind].format(bad=bad))
     check.chmod(0o755)
     job = trial.submit("steps=10", PREFLIGHT="1", PREFLIGHT_COMMAND=str(check)).end()
-    assert cluster.nodes[1] in trial.decisions()[1]["reason"]
-    assert job["ExcNodeList"] == cluster.nodes[1]
+    assert bad in trial.decisions()[1]["reason"]
+    assert job["ExcNodeList"] == bad
     assert trial.verdicts() == ["requeue", "end"]
-    outcome("a node fails the check before training", **trial.seen(job))
+    outcome(f"the check before training: a node {kind}", **trial.seen(job))
 
 
 def test_a_check_that_fails_everywhere_is_no_node_s_fault(trial, outcome):
     job = trial.submit("steps=10", PREFLIGHT="1", PREFLIGHT_COMMAND="false").end("FAILED")
-    assert "fails on every node" in trial.decisions()[-1]["reason"]
+    assert "fails on most nodes" in trial.decisions()[-1]["reason"]
     assert trial.computed() == []
     outcome("all nodes fail the check before training", **trial.seen(job))
 
