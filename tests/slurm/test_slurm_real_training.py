@@ -78,10 +78,11 @@ def files(vocab_size, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, files, dataset_folder, tmp_path_factory):
-    """Rows of the same run without an accident."""
+    """Rows of the same run without an accident, on nodes that were checked before."""
     trial = RealTrial(cluster, tmp_path_factory.mktemp("undisturbed"))
-    job = trial.train(files, dataset_folder).end(seconds=240)
+    job = trial.train(files, dataset_folder, PREFLIGHT="1").end(seconds=240)
     assert job["Restarts"] == "0"
+    assert "all-reduce over 2 ranks" in (trial.run / "slurm/preflight.log").read_text()
     expected = rows(trial.run)
     assert [row["step"] for row in expected if "train/rtd_loss" in row] == [*range(1, STEPS + 1)]
     return expected
