@@ -7,8 +7,15 @@
 launcher=$!
 
 forward() { # SIGNAL: the launcher's direct children are the ranks; theirs are not
-    for _ in {1..60}; do # until there are any
-        if pkill "-$1" -P "$launcher" || ! kill -0 "$launcher" 2>/dev/null; then return; fi
+    local stat line parent heard=''
+    for _ in {1..60}; do # until there are any; pkill is not in every container
+        for stat in /proc/[0-9]*/stat; do
+            { read -r line <"$stat"; } 2>/dev/null || continue
+            read -r _ parent _ <<<"${line##*) }"
+            stat=${stat#/proc/}
+            if [ "$parent" = "$launcher" ] && kill "-$1" "${stat%/stat}"; then heard=1; fi
+        done
+        if [ -n "$heard" ] || ! kill -0 "$launcher" 2>/dev/null; then return; fi
         sleep 1
     done
 }

@@ -8,6 +8,7 @@
 #   preflight          one check of every node before training, by `deberta doctor --node`
 
 : "${MAX_NODE_FAILURES:=2}" # once is an accident; a node that fails again is broken
+: "${NODE_FAILURE_DAYS:=7}" # failures that count
 EXCLUDABLE=()
 
 note_bad_node() { # NODE REASON [TIMES]
@@ -29,11 +30,11 @@ first_node_of() { blamed_nodes "$1" | head -n 1; } # the others die with it
 
 job_has_node() { scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -qxF "$1"; }
 
-bad_nodes() { # one a line
+bad_nodes() { # one a line; a node is repaired some day
     if [ ! -e "$BOOKS/bad-nodes" ]; then return; fi
-    cut -d ' ' -f 1 "$BOOKS/bad-nodes" | sort | uniq -c | while read -r count node; do
-        if [ "$count" -ge "$MAX_NODE_FAILURES" ]; then echo "$node"; fi
-    done
+    awk -v since="$(date --date "-$NODE_FAILURE_DAYS days" +%FT%T)" -v most="$MAX_NODE_FAILURES" \
+        '$2 >= since { failures[$1]++ } END { for (node in failures) if (failures[node] >= most) print node }' \
+        "$BOOKS/bad-nodes" | sort
 }
 
 find_excludable() {

@@ -80,13 +80,14 @@ end_job() { # CODE REASON
 }
 
 requeue_or_end() { # CODE REASON: CODE is the job's where it does not start again
-    local deadline=$((SECONDS + RETRY_SECONDS))
+    local answer deadline=$((SECONDS + RETRY_SECONDS))
     if [ -e "$RUN/no-restart" ]; then end_job "$1" "$2; not requeued: $RUN/no-restart exists"; fi
     if [ "$RESTART" -ge "$MAX_RESTARTS" ]; then
         end_job "$1" "$2; not requeued: MAX_RESTARTS=$MAX_RESTARTS restarts were made"
     fi
     record requeue "$2"
-    until timeout 20 scontrol requeue "$SLURM_JOB_ID"; do
+    until answer=$(timeout 20 scontrol requeue "$SLURM_JOB_ID" 2>&1); do
+        case $answer in *disabled* | *denied*) end_job "$1" "$2; SLURM does not requeue: $answer" ;; esac
         ask_slurm
         case $JOB_STATE in RUNNING | UNKNOWN) ;; *) break ;; esac # the answer was lost, or a scancel
         if [ "$SECONDS" -ge "$deadline" ]; then end_job "$1" "$2; scontrol requeue fails"; fi

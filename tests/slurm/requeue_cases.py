@@ -188,6 +188,15 @@ def runs_out_of_memory(trial):
     return job
 
 
+def may_not_be_requeued(trial):
+    """a job with --no-requeue"""
+    trial.submit(*FAST, "fault=raise:0:7:*", options=["--no-requeue"])
+    job = trial.end("FAILED")
+    assert trial.verdicts() == ["requeue", "end"]
+    assert "SLURM does not requeue" in trial.decisions()[-1]["reason"]
+    return job
+
+
 def is_refused(trial):
     """a command line that training refuses"""
     trial.submit(*FAST, "refuse=1")
@@ -240,6 +249,7 @@ ENDS = [
     finds_corrupt_data,
     runs_out_of_disk,
     runs_out_of_memory,
+    may_not_be_requeued,
     is_refused,
     the_kill_switch_is_on,
 ]

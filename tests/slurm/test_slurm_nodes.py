@@ -1,5 +1,7 @@
 """pretrain.sbatch where nodes fail: it goes on elsewhere, and without those that fail twice."""
 
+import time
+
 import pytest
 
 from tests.slurm.trials import ROOT, Trial
@@ -114,3 +116,11 @@ def test_the_nodes_that_srun_blames(cluster, tmp_path):
     words = f". {ROOT}/slurm/nodes.sh; blamed_nodes {tmp_path}/srun.err"
     blamed = cluster.client("bash", "-c", words).split()
     assert blamed == ["n7", "n8", "n2", "gpu-a3", "gpu-a4", "n9"]
+
+
+def test_failures_of_long_ago_are_forgiven(cluster, tmp_path):
+    lines = ["n1 2020-01-01T00:00:00 a", "n1 2020-01-01T00:00:01 b", "n2 {now} a", "n2 {now} b"]
+    text = "\n".join([*lines, "n3 2020-01-01T00:00:00 a", "n3 {now} b"]) + "\n"
+    (tmp_path / "bad-nodes").write_text(text.replace("{now}", time.strftime("%Y-%m-%dT%H:%M:%S")))
+    words = f"BOOKS={tmp_path}; . {ROOT}/slurm/nodes.sh; bad_nodes"
+    assert cluster.client("bash", "-c", words).split() == ["n2"]
