@@ -198,15 +198,25 @@ decide() { # RC: by training's word; the job is this shell's to end
             # srun's own code may be that of a rank that it has killed for the first one's.
             if [ "$RESTART" = 0 ] && grep -m 1 '^srun: error: .*task' "$BOOKS/srun.err" |
                 grep -q 'Exited with exit code 2$'; then
-                end_job 2 "training refuses its command line, configuration or data: see $BOOKS/rank-00000.log"
+                show_log 0
+                end_job 2 "training refuses its command line, configuration or data"
             fi
             note_crash "$1" "training ended before it had begun" ;;
         *) note_crash "$1" "training crashed" ;;
     esac
 }
 
+show_log() { # TASK: what it said last
+    local log
+    log=$(printf '%s/rank-%05d.log' "$BOOKS" "$1")
+    echo "== the end of $log"
+    tail -n 25 "$log"
+}
+
 note_crash() { # RC WHAT
-    local code=$1
+    local code=$1 task
+    task=$(sed -n 's/^srun: error: [^:]*: tasks\{0,1\} \([0-9]*\).*/\1/p' "$BOOKS/srun.err" | head -n 1)
+    if [ -n "$task" ]; then show_log "$task"; fi
     if [ "$code" = 0 ]; then code=1; fi # a job that is not done never ends with 0
     if [ -n "$FIRST_NODE" ]; then note_bad_node "$FIRST_NODE" "$2 (srun's code $1)"; fi
     crashed "$code" "$2${FIRST_NODE:+, first on $FIRST_NODE} (srun's code $1)"

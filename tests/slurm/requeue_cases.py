@@ -122,6 +122,7 @@ def crashes_without_progress(trial):
     job = trial.end("FAILED")
     assert trial.verdicts() == ["requeue", "requeue", "end"]
     assert "given up: 3 times without a new commit" in trial.decisions()[-1]["reason"]
+    assert "RuntimeError: a broken GPU" in next(trial.folder.glob("*.out")).read_text()
     assert job["Restarts"] == "2"
     return job
 
@@ -200,7 +201,9 @@ def may_not_be_requeued(trial):
 def is_refused(trial):
     """a command line that training refuses"""
     trial.submit(*FAST, "refuse=1")
-    return _ends_for_good(trial, 2, "training refuses its command line")
+    job = _ends_for_good(trial, 2, "training refuses its command line")
+    assert "error: refused" in next(trial.folder.glob("*.out")).read_text()
+    return job
 
 
 def the_kill_switch_is_on(trial):

@@ -100,6 +100,8 @@ for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda number, _: received.append(signal.Signals(number).name))
 folder.path.mkdir(parents=True, exist_ok=True)
 if "refuse" in words:
+    say("error: refused")
+    time.sleep(1)
     sys.exit(2)
 step = folder.committed_step()
 if rank == 0:
