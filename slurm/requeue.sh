@@ -6,71 +6,17 @@
 #
 # Decided by RUN/state.json, which training owns, and by SLURM's own word about the job. Exit codes
 # decide nothing: under --kill-on-bad-exit they depend on which rank ends first.
-# Kept in RUN/slurm: restarts.jsonl (a line a decision), bad-nodes (a line a failure of a node),
-# crashes (the committed step at the last crash, and how many crashes it has seen).
+# Kept in RUN/slurm: restarts.jsonl (books.sh), bad-nodes (nodes.sh), and crashes: the committed step
+# at the last crash, and how many crashes it has seen.
 
 : "${MAX_RESTARTS:=50}"               # starts after the first, for whatever reason
 : "${MAX_CRASHES_WITHOUT_PROGRESS:=3}" # crashes and hangs without a new commit between them
-: "${RETRY_SECONDS:=600}"             # a controller may be away for so long before the job is lost
-RESTART=${SLURM_RESTART_COUNT:-0}     # SLURM does not set it at the first start
 EXIT_STOPPED=75 EXIT_HANG=86 EXIT_DIVERGED=87 EXIT_CORRUPT=88
-BOOKS=$RUN/slurm
+SRUN_PID='' HEARD_USR1='' HEARD_TERM='' DECIDED=''
+# shellcheck source=slurm/books.sh
+. "$(dirname "${BASH_SOURCE[0]}")/books.sh"
 # shellcheck source=slurm/nodes.sh
 . "$(dirname "${BASH_SOURCE[0]}")/nodes.sh"
-
-say() { printf '%(%FT%T)T [pretrain, start %s] %s\n' -1 "$RESTART" "$*"; }
-
-json_text() { # a JSON string of any one line
-    local text=${1//\\/\\\\}
-    text=${text//\"/\\\"}
-    printf '"%s"' "${text//[[:cntrl:]]/ }"
-}
-
-record() { # DECISION REASON
-    say "$1: $2"
-    {
-        printf '{"unix_seconds": %(%s)T, "job_id": "%s", "restart_count": %d, ' -1 "$SLURM_JOB_ID" "$RESTART"
-        printf '"step": %d, "status": "%s", ' "$(state_step)" "$(state_word status)"
-        printf '"job_state": "%s", "decision": "%s", ' "${JOB_STATE:-RUNNING}" "$1"
-        printf '"reason": %s, "nodes": "%s"}\n' "$(json_text "$2")" "$SLURM_JOB_NODELIST"
-    } >>"$BOOKS/restarts.jsonl"
-}
-
-# --- state.json: one key a line, replaced by rename ---
-
-state_word() { # KEY: its text, without JSON's escapes of quotes
-    sed -n "s/^ *\"$1\": \"\(.*\)\",\{0,1\}\$/\1/p" "$RUN/state.json" 2>/dev/null | sed 's/\\\(["\\]\)/\1/g'
-}
-
-state_step() {
-    local step
-    step=$(sed -n 's/^ *"step": \([0-9]*\).*/\1/p' "$RUN/state.json" 2>/dev/null)
-    echo "${step:-0}"
-}
-
-state_identity() { stat --format='%i %.9Y' "$RUN/state.json" 2>/dev/null || echo none; }
-
-# --- SLURM's word ---
-
-field() { # NAME LINE: the value of NAME=value
-    local rest=" $2"
-    rest=${rest#* "$1"=}
-    echo "${rest%% *}"
-}
-
-ask_slurm() { # sets JOB_STATE, JOB_REASON, ...; a controller that is away is waited for
-    local answer deadline=$((SECONDS + RETRY_SECONDS))
-    until answer=$(timeout 20 scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null) && [ -n "$answer" ]; do
-        if [ "$SECONDS" -ge "$deadline" ]; then
-            say "scontrol has not answered for $RETRY_SECONDS s"
-            JOB_STATE=UNKNOWN JOB_REASON='' JOB_EXCLUDED='' JOB_PREEMPTED=None
-            return
-        fi
-        sleep 2
-    done
-    JOB_STATE=$(field JobState "$answer") JOB_REASON=$(field Reason "$answer")
-    JOB_EXCLUDED=$(field ExcNodeList "$answer") JOB_PREEMPTED=$(field PreemptTime "$answer")
-}
 
 # --- the ways to end ---
 
@@ -86,14 +32,17 @@ requeue_or_end() { # CODE REASON: CODE is the job's where it does not start agai
         end_job "$1" "$2; not requeued: MAX_RESTARTS=$MAX_RESTARTS restarts were made"
     fi
     record requeue "$2"
-    until answer=$(timeout 20 scontrol requeue "$SLURM_JOB_ID" 2>&1); do
+    while :; do
+        if [ -n "$HEARD_TERM" ] && ! is_ours; then leave_it_to_slurm; fi # a scancel since
+        if answer=$(timeout 20 scontrol requeue "$SLURM_JOB_ID" 2>&1); then break; fi
         case $answer in *disabled* | *denied*) end_job "$1" "$2; SLURM does not requeue: $answer" ;; esac
-        ask_slurm
-        case $JOB_STATE in RUNNING | UNKNOWN) ;; *) break ;; esac # the answer was lost, or a scancel
-        if [ "$SECONDS" -ge "$deadline" ]; then end_job "$1" "$2; scontrol requeue fails"; fi
+        if ! is_ours && [ "$JOB_STATE" != UNKNOWN ]; then break; fi # its answer was lost
+        if [ "$SECONDS" -ge "$deadline" ]; then end_job "$1" "$2; scontrol requeue fails: $answer"; fi
         sleep 2
     done
     exclude_bad_nodes
+    # A commit may yet succeed.
+    while [ -n "$SRUN_PID" ] && kill -0 "$SRUN_PID" 2>/dev/null; do wait "$SRUN_PID"; done
     exit "$1" # SLURM no longer looks at it: the job is queued
 }
 
@@ -113,7 +62,7 @@ crashed() { # CODE REASON
 # --- before training ---
 
 begin() {
-    local last node
+    local last
     mkdir -p "$BOOKS"
     BEFORE=$(state_identity)
     if [ -e "$RUN/no-restart" ]; then end_job "$EXIT_STOPPED" "not started: $RUN/no-restart exists"; fi
@@ -125,13 +74,22 @@ begin() {
         end_job "$EXIT_STOPPED" "not started: MAX_RESTARTS=$MAX_RESTARTS restarts were made"
     fi
     last=$(tail -n 1 "$BOOKS/restarts.jsonl" 2>/dev/null)
-    if [[ $last == *"\"job_id\": \"$SLURM_JOB_ID\""*'"decision": "start"'* ]]; then
-        # No last word of its shell: its host, the first node, went away with it.
-        node=${last##*\"nodes\": \"}
-        note_bad_node "$(scontrol show hostnames "${node%%\"*}" | head -n 1)" "its start ended without a word"
-    fi
+    blame_lost_shell "$last"
     give_back_bad_nodes "$last"
     record start "on $SLURM_JOB_NODELIST"
+}
+
+blame_lost_shell() { # LAST: a start without a last word of its shell, which ran on the first node
+    local began node answer
+    if [[ $1 != *"\"job_id\": \"$SLURM_JOB_ID\""*'"decision": "start"'* ]]; then return; fi
+    began=${1#*\"unix_seconds\": } node=${1##*\"nodes\": \"}
+    node=$(scontrol show hostnames "${node%%\"*}" | head -n 1)
+    answer=$(timeout 20 scontrol -o show node "$node")
+    # Preemption past its grace ends a shell without a word, too: only a node that was away is blamed.
+    if [[ $(field State "$answer") == *[*]* || $(field State "$answer") == DOWN* ]] ||
+        [ "$(date --date "$(field SlurmdStartTime "$answer")" +%s)" -ge "${began%%,*}" ]; then
+        note_bad_node "$node" "a start's shell ended without a word"
+    fi
 }
 
 give_back_bad_nodes() { # LAST: the exclusion came too late where the node was the shell's own
@@ -148,33 +106,43 @@ give_back_bad_nodes() { # LAST: the exclusion came too late where the node was t
 # --- after training ---
 
 finish() { # RC: srun's
-    ask_slurm
     STATUS=$(state_word status) REASON=$(state_word reason)
     if [ "$(state_identity)" = "$BEFORE" ]; then STATUS=silent; fi # the word of an earlier start
     FIRST_NODE=$(first_node_of "$BOOKS/srun.err")
-    case $JOB_STATE/$JOB_REASON in
-        RUNNING/*) decide "$1" ;; # its own end, a crash, USR1, or preemption's time of grace
-        COMPLETING/TimeLimit | TIMEOUT/*)
-            if [ "$STATUS" = 'done' ] || [ "$STATUS" = stopped ]; then decide "$1"; fi
-            crashed "$EXIT_STOPPED" "the time limit came before the commit after USR1 was done" ;;
-        UNKNOWN/*) end_job "$EXIT_STOPPED" "SLURM does not say whether the job was cancelled" ;;
-        *) leave_it_to_slurm ;;
-    esac
+    if is_ours; then decide "$1"; fi
+    if [ "$JOB_STATE" = UNKNOWN ]; then
+        end_job "$EXIT_STOPPED" "SLURM does not say whether the job was cancelled"
+    fi
+    leave_it_to_slurm
+}
+
+on_term() { # SLURM ends the job; ranks that do not end are killed with this shell, which cannot wait
+    HEARD_TERM=1
+    if [ -n "$DECIDED" ]; then return; fi
+    if is_ours; then
+        if [ "$JOB_STATE" = RUNNING ]; then return; fi # somebody has sent it by hand
+        crashed "$EXIT_STOPPED" "the time limit came before the commit after USR1 was done"
+    fi
+    if [ "$JOB_STATE" != UNKNOWN ]; then record "left to SLURM" "the job is $JOB_STATE"; fi
 }
 
 leave_it_to_slurm() { # scancel, scontrol requeue, preemption past its grace, a dead node
     if grep -q '^srun: error: Node failure on' "$BOOKS/srun.err"; then
-        note_bad_node "$FIRST_NODE" "SLURM says that it failed"
+        note_bad_node "$(first_node_of "$BOOKS/srun.err")" "SLURM says that it failed"
         exclude_bad_nodes
     fi
-    record "left to SLURM" "the job is $JOB_STATE; training: $STATUS"
+    if [ "$DECIDED" != 'left to SLURM' ]; then record "left to SLURM" "the job is $JOB_STATE"; fi
     exit 1
 }
 
 decide() { # RC: by training's word; the job is this shell's to end
     local node
     case $STATUS in
-        'done') end_job 0 "the run is done" ;;
+        'done')
+            if [ "$(date +%s)" -ge "$JOB_ENDS" ]; then # SLURM would call it TIMEOUT, and not run what depends
+                requeue_or_end 0 "the run is done, past the job's limit: once more for its end"
+            fi
+            end_job 0 "the run is done" ;;
         stopped)
             case $REASON in
                 'a signal'*) # to ranks that waited for others: srun's own, where one of those had died

@@ -220,13 +220,22 @@ def the_kill_switch_is_on(trial):
 
 
 def the_limit_comes_first(trial):
-    """the time limit before the commit has ended"""
-    words = ("steps=600", "commit_every=100", "fault=deaf:0:1:0,deaf:1:1:0")
+    """the time limit, and no commit after USR1"""
+    words = ("steps=40", "commit_every=10", "fault=stuck:0:25:0,stuck:1:25:0")
     trial.submit(*words, minutes=1, options=["--signal=B:USR1@20"])
     job = trial.end(seconds=240)
     assert trial.state()["status"] == "done"
     assert "time limit" in trial.decisions()[1]["reason"]
-    assert trial.lost_steps() > 0
+    assert (job["Restarts"], trial.lost_steps()) == ("1", 5)
+    return job
+
+
+def done_past_the_limit(trial):
+    """the run is done past the time limit"""
+    words = ("steps=620", "step_seconds=0.1", "commit_every=10", "fault=deaf:0:1:*,deaf:1:1:*")
+    trial.submit(*words, minutes=1, options=["--signal=B:USR1@20"])
+    job = trial.end(seconds=240)
+    assert trial.verdicts() == ["requeue", "end"]
     return job
 
 
@@ -239,6 +248,7 @@ STOPS = [
     preempted_past_the_grace,
     cancelled,
     the_limit_comes_first,
+    done_past_the_limit,
     finished_and_requeued,
 ]
 CRASHES = [

@@ -91,9 +91,10 @@ def hurt(what, step):
         os._exit({"diverged": EXIT_DIVERGED, "corrupt": EXIT_CORRUPT}[what])
     elif what in SHORTAGES:
         end("stopped", step, SHORTAGES[what], EXIT_STOPPED)
-    elif what == "deaf":
+    elif what in ("deaf", "stuck"):
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        time.sleep(3600 if what == "stuck" else 0)
 
 
 for number in (signal.SIGUSR1, signal.SIGTERM):

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slurm
 # What is broken; file; line; what stands there instead; the case; what the case then sees.
 BREAKS = {
     "SLURM is not asked whether the job was cancelled": (
-        *("requeue.sh", 'RUNNING/*) decide "$1"', '*/*) decide "$1"'),
+        *("requeue.sh", "RUNNING/* | COMPLETING/TimeLimit | TIMEOUT/*)", "*)"),
         *(cases.cancelled, "'JobState': 'COMPLETED'"),
     ),
     "srun's exit code is trusted": (
@@ -26,7 +26,7 @@ BREAKS = {
         "'JobState': 'FAILED'",
     ),
     "TERM is not trapped": (
-        *("pretrain.sbatch", "trap 'say \"TERM: SLURM ends the job\"' TERM", ":"),
+        *("pretrain.sbatch", "trap on_term TERM", ":"),
         *(cases.requeued_by_the_user, r"\['end'\] == \['left to SLURM', 'end'\]"),
     ),
     "crashes without progress are not bounded": (
