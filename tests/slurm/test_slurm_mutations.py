@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slurm
 # What is broken; file; line; what stands there instead; the case; what the case then sees.
 BREAKS = {
     "SLURM is not asked whether the job was cancelled": (
-        *("requeue.sh", "RUNNING/* | COMPLETING/TimeLimit | TIMEOUT/*)", "*)"),
+        *("books.sh", "RUNNING/* | COMPLETING/TimeLimit | TIMEOUT/*)", "*)"),
         *(cases.cancelled, "'JobState': 'COMPLETED'"),
     ),
     "srun's exit code is trusted": (
