@@ -41,7 +41,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("broken", BREAKS)
-def test_a_break_turns_a_case_red(broken, cluster, tmp_path):
+def test_a_break_turns_a_case_red(broken, cluster, tmp_path, outcome):
     file, old, new, case, seen = BREAKS[broken]
     trial = Trial(cluster, tmp_path, broken_home(tmp_path, file, old, new))
     try:
@@ -49,3 +49,4 @@ def test_a_break_turns_a_case_red(broken, cluster, tmp_path):
             case(trial)
     finally:
         cluster.cancel_all()
+    outcome(f"broken on purpose: {broken}", end=f"{case.__name__} is red")

@@ -107,7 +107,8 @@ def test_dependents_of_a_failed_array_task_are_cancelled(cluster, tmp_path, outc
     job = cluster.wait(dependent)
     assert job["JobState"] == "CANCELLED"
     assert cluster.job(f"{array}_2")["JobState"] == "FAILED"
-    states = cluster.states_seen(dependent)
+    while (states := cluster.states_seen(dependent))[-1:] != ["CANCELLED"]:
+        time.sleep(0.1)
     outcome("a task of an array fails: its dependent", states=states, end="CANCELLED")
 
 
