@@ -1,6 +1,6 @@
 """The process in its world: ranks, device, process group, threads, signals and logging.
 
-    World.from_environment   ranks from torchrun, the deepspeed launcher, MPI, or none of them
+    World.from_environment   ranks from torchrun, the deepspeed launcher, srun, MPI, or none of them
     start_world              the process group, a CPU group for control, pinned threads
     on_all_ranks             what fails on one rank fails on all, with the same message
     fault_text               the injuries that a test asks for (`pipeline.faults`)
@@ -29,6 +29,7 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 import pipeline
 from data_prep.errors import UserError
 from pipeline.faults import VARIABLE
+from pipeline.slurm_ranks import is_task_of_a_step, launcher_variables
 
 _MPI_RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 
@@ -53,15 +54,19 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Read the launcher's variables, or ask MPI where only MPI knows.
+        """Read the launcher's variables, or SLURM's, or ask MPI where only MPI knows.
 
         Returns:
             The world; of one process where nothing launched us.
 
         Raises:
-            UserError: The launcher's variables are incomplete, or mpi4py is missing under mpirun.
+            UserError: The launcher's variables are incomplete, mpi4py is missing under mpirun, or
+                there are more ranks on this host than GPUs.
         """
-        if "RANK" not in os.environ and any(name in os.environ for name in _MPI_RANK_VARIABLES):
+        # DeepSpeed asks MPI unless it finds all of them in the environment.
+        os.environ.update(launcher_variables(os.environ))
+        is_by_mpi = any(name in os.environ for name in _MPI_RANK_VARIABLES)
+        if "RANK" not in os.environ and is_by_mpi and not is_task_of_a_step(os.environ):
             _export_mpi_ranks()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in names if name not in os.environ]
@@ -69,8 +74,8 @@ class World:
             rank, local_rank, world_size = 0, 0, 1
         elif missing:
             raise UserError(
-                f"RANK is set but {', '.join(missing)} is not: start training with `deepspeed`, "
-                "`torchrun` or `mpirun`, or unset RANK to train in one process"
+                f"RANK is set but {', '.join(missing)} is not: start training with `srun`, "
+                "`deepspeed`, `torchrun` or `mpirun`, or unset RANK to train in one process"
             )
         else:
             rank, local_rank, world_size = map(_number, ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -97,9 +102,16 @@ def _device(local_rank: int) -> torch.device:
     """Choose the GPU of this rank, or the CPU where there is none or the user asks for it."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    # With one visible GPU a task (srun --gpus-per-task) the only index is 0.
-    index = local_rank if torch.cuda.device_count() > local_rank else 0
-    return torch.device("cuda", index)
+    count = torch.cuda.device_count()
+    if count == 1:
+        # With one visible GPU a task (srun --gpus-per-task=1) the only index is 0.
+        return torch.device("cuda", 0)
+    if local_rank >= count:
+        raise UserError(
+            f"rank {local_rank} of this host has no GPU of its own: {count} are visible; start as "
+            "many ranks on a host as it has GPUs (srun --ntasks-per-node, --nproc_per_node)"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def _export_mpi_ranks() -> None:

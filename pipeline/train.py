@@ -4,6 +4,7 @@
     deepspeed --module pipeline.train --config PRESET --deepspeed_config JSON [...]
     torchrun --nproc_per_node 8 -m pipeline.train --config PRESET --deepspeed_config JSON [...]
     mpirun -n 8 python -m pipeline.train --config PRESET --deepspeed_config JSON [...]
+    srun --ntasks-per-node 8 python -m pipeline.train --config PRESET --deepspeed_config JSON [...]
 
 Everything that can be wrong in the configuration, the data and the run folder is said before a
 model is built. Exit codes: 0 done, 2 usage or configuration, 75 stopped on request after a commit
@@ -32,6 +33,7 @@ from data_prep.errors import (
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config, require_data_path
 from pipeline.ds_config import DeepSpeedConfig, check_device, load_deepspeed_config
+from pipeline.slurm_ranks import rank_in_step
 from pipeline.terminal import tell
 
 if TYPE_CHECKING:
@@ -176,10 +178,9 @@ def run(argv: Sequence[str]) -> int:
 
 def _report(error: UserError, *, everywhere: bool = False) -> int:
     """Say what is wrong once, not once a rank, unless only one rank may know it."""
-    rank = os.environ.get("RANK", "0")
-    is_first = not rank.isdigit() or int(rank) == 0  # also where the launcher's words are nonsense
-    if is_first or everywhere:
-        where = "" if is_first else f"rank {rank}: "
+    rank = rank_in_step(os.environ)  # 0 also where the launcher's words are nonsense
+    if rank == 0 or everywhere:
+        where = f"rank {rank}: " if rank else ""
         tell(f"{where}error: {error}")
     return error.exit_code
 
