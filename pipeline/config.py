@@ -159,6 +159,9 @@ class SafetySection(Section):
     """Times the slowest recent step that a rank may be without progress."""
     startup_seconds: PositiveFloat = 600.0
     """The same limit until the first step has ended: imports, compilation, the first reads."""
+    collective_timeout_seconds: PositiveFloat = 1800.0
+    """How long torch lets a rank wait in one collective. Where the limits above work they end a
+    hang long before; this one ends what they cannot see, with a traceback."""
     straggler_factor: Annotated[float, Field(gt=1.0)] = 1.5
     """A rank that computes this many times longer than the median rank is reported."""
     straggler_steps: PositiveInt = 50

@@ -18,7 +18,11 @@ PATIENCE_SECONDS = 5.0
 
 
 def meet_other_ranks(
-    world: World, *, is_asked_to_stop: bool, leave: Callable[[], None]
+    world: World,
+    *,
+    is_asked_to_stop: bool,
+    leave: Callable[[], None],
+    collective_timeout_seconds: float = 1800.0,
 ) -> dist.ProcessGroup:
     """Join the process group, or leave if a signal comes while the others do not.
 
@@ -26,12 +30,13 @@ def meet_other_ranks(
         world: This process's place.
         is_asked_to_stop: A signal came before.
         leave: Ends the process; called in another thread.
+        collective_timeout_seconds: For the others to come, and for one collective later.
 
     Returns:
         The control group of all ranks.
     """
     if threading.current_thread() is not threading.main_thread():
-        return start_world(world)
+        return start_world(world, collective_timeout_seconds=collective_timeout_seconds)
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     met = threading.Event()
@@ -47,7 +52,7 @@ def meet_other_ranks(
     if is_asked_to_stop:
         os.write(write_end, b"!")
     try:
-        return start_world(world)
+        return start_world(world, collective_timeout_seconds=collective_timeout_seconds)
     finally:
         signal.set_wakeup_fd(before)
         met.set()

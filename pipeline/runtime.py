@@ -147,12 +147,15 @@ def _spans_hosts(comm: object) -> bool:
     return len(set(comm.allgather(socket.gethostname()))) > 1  # type: ignore[attr-defined]
 
 
-def start_world(world: World, num_threads: int | None = None) -> dist.ProcessGroup:
+def start_world(
+    world: World, num_threads: int | None = None, *, collective_timeout_seconds: float = 1800.0
+) -> dist.ProcessGroup:
     """Join the process group and pin what must not vary between restarts.
 
     Args:
         world: This process's place.
         num_threads: CPU threads of torch; as torch finds them where None.
+        collective_timeout_seconds: For the others to come, and for one collective.
 
     Returns:
         The control group: gloo on every device, so that agreeing never waits for a GPU.
@@ -168,7 +171,7 @@ def start_world(world: World, num_threads: int | None = None) -> dist.ProcessGro
         # ZeRO-3 asks for it in every bucket; without it DeepSpeed runs `numactl` each time.
         local_size = os.environ.get("LOCAL_WORLD_SIZE", str(world.world_size))
         os.environ.setdefault("LOCAL_SIZE", local_size)
-    backend = "gloo"
+    backend, timeout = "gloo", timedelta(seconds=collective_timeout_seconds)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         backend = "nccl"
@@ -181,8 +184,10 @@ def start_world(world: World, num_threads: int | None = None) -> dist.ProcessGro
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     else:
-        _meet(backend, world)
-    group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+        _meet(backend, world, timeout)
+    group = dist.group.WORLD
+    if backend != "gloo":
+        group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
@@ -191,10 +196,10 @@ class RendezvousError(UserError):
     """This rank cannot meet the others; each rank knows only its own reason."""
 
 
-def _meet(backend: str, world: World) -> None:
+def _meet(backend: str, world: World, timeout: timedelta) -> None:
     """Join the process group at the address that the launcher gave."""
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timeout)
     except dist.DistError as error:  # pyright: ignore[reportPrivateImportUsage]
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         reason = str(error).splitlines()[0]

@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -274,7 +275,13 @@ def _join_world(
             _write_status(folder, "stopped", None, "a signal, before all ranks were there")
         leave(EXIT_STOPPED)
 
-    control_group = meet_other_ranks(world, is_asked_to_stop=stop.received, leave=leave_alone)
+    timeout_seconds = config.safety.collective_timeout_seconds
+    control_group = meet_other_ranks(
+        world,
+        is_asked_to_stop=stop.received,
+        leave=leave_alone,
+        collective_timeout_seconds=timeout_seconds,
+    )
     cleanup.callback(dist.destroy_process_group)
     stop.join(control_group)
     watchdog.join(control_group)
@@ -284,7 +291,8 @@ def _join_world(
     configure_logging(world.rank, folder.path)
     # Its collectives run in another thread and must never meet those of the loop.
     in_background = config.checkpoint.asynchronous and world.world_size > 1
-    writer_group = dist.new_group(backend="gloo") if in_background else None
+    timeout = timedelta(seconds=timeout_seconds)
+    writer_group = dist.new_group(backend="gloo", timeout=timeout) if in_background else None
     assert not isinstance(writer_group, int), "this rank belongs to every group"
     return Session(
         config, ds, plan, world, control_group, folder, stop, watchdog, accepts, writer_group

@@ -5,7 +5,8 @@
     3. expire      no mark for max(hang_seconds, hang_step_factor x slowest recent step): the stacks
                    of all threads go to RUN/logs/stacks-rank-00002.txt
     4. watch       the ranks read each other's beats, as long as one of them still works
-    5. conclude    the first rank writes RUN/logs/hang-START.txt and state.json; all exit with 86
+    5. conclude    the first rank writes RUN/logs/hang-START.txt and state.json; every rank what it
+                   knows of its collectives (`pipeline.flight_record`); all exit with 86
 
 Two threads: one only counts time and never touches a file, so that a file server that does not
 answer is a hang like any other; the other does all that can block. A rank whose interpreter lock is
@@ -34,6 +35,7 @@ import torch.distributed as dist
 
 from data_prep.errors import EXIT_HANG
 from pipeline.config import SafetySection
+from pipeline.flight_record import write_collectives
 from pipeline.hang_report import (
     Beat,
     PeerWatch,
@@ -57,6 +59,7 @@ _MAX_TICK_SECONDS = 1.0
 _MIN_WATCH_SECONDS = 2.0
 _TOGETHER_SECONDS = 1.0
 _SAYING_SECONDS = 2.0
+_RECORDING_SECONDS = 5.0
 _LOOKS_A_BEAT = 4
 _MAX_COUNTED_TICKS = 5
 """Of a tick that took longer the rest is not counted: the process itself stood still."""
@@ -97,6 +100,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._look_now = threading.Event()
         self._stacks: TextIO | None = None
+        self._is_recording = False
         self._main_thread = threading.get_ident()
         self._threads: list[threading.Thread] = []
         self._listeners: list[Callable[[str, int], None]] = []
@@ -210,7 +214,7 @@ class Watchdog:
 
     def _arm_stack_dump(self) -> None:
         """Let a thread of C write the stacks, unless this one comes back before the limit."""
-        if self._stacks is not None:
+        if self._stacks is not None and not self._is_recording:
             with contextlib.suppress(OSError, RuntimeError, ValueError):
                 faulthandler.dump_traceback_later(self.limit_seconds, file=self._stacks)
 
@@ -297,9 +301,23 @@ class Watchdog:
             text = "\n".join([verdict.reason, *table(sightings)])
             _say(f"{text}\nstacks of all threads: {self._logs}/stacks-rank-*.txt")
             logger.error("%s", text)
+        self._record_collectives()
         # Together: the first exit breaks the collectives that the others are waiting in.
         time.sleep(max(_TOGETHER_SECONDS, self._beat_seconds / 2))
         self._exit(f"{self._report_file} says which rank is behind")
+
+    def _record_collectives(self) -> None:
+        """Write what torch knows of the collectives.
+
+        It asks the device, which may never answer, while it holds the interpreter's lock: the
+        thread of C then ends the process. The verdict is on the disk already.
+        """
+        self._is_recording = True
+        if self._stacks is not None:
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                faulthandler.dump_traceback_later(_RECORDING_SECONDS, file=self._stacks, exit=True)
+        write_collectives(self._logs, self._world.rank)
+        faulthandler.cancel_dump_traceback_later()
 
     def _another_has_concluded(self) -> bool:
         """Wait for the first rank's state.json: a launcher may kill it when this process exits."""

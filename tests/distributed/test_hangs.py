@@ -25,6 +25,7 @@ WORLDS = {
     "main rank stopped": "step.begin:0:20:stop",
     "asleep in data": "data.read:1:20:hang",
     "lock held": "evaluate.batch:3:20:gil",
+    "a device that never answers": "data.read:1:20:hang",
     "a slow write": "",
     "a slow rank": "",
 }
@@ -65,6 +66,8 @@ def train(rank, folder, name, world, section, watchdog):
 
     from pipeline import faults
 
+    if name == "a device that never answers":
+        block_the_recorder()
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
     )
@@ -83,6 +86,15 @@ def train(rank, folder, name, world, section, watchdog):
     watchdog.mark("end", 40)
     if name == "a slow rank":
         report_slow_ranks(section, world, dist.group.WORLD)
+
+
+def block_the_recorder():
+    """torch asks the device for what it has done, and keeps the interpreter's lock meanwhile."""
+    import ctypes
+
+    import torch
+
+    torch._C._distributed_c10d._dump_fr_trace_json = lambda: ctypes.PyDLL(None).sleep(3600)
 
 
 def report_slow_ranks(section, world, group):
@@ -182,6 +194,22 @@ def test_stacks_of_all_ranks_that_can_are_written(worlds, name):
     for rank in range(RANKS):
         text = stacks[f"stacks-rank-{rank:05d}.txt"]
         assert ("rank_main" in text) == (name != "stopped" or rank != 2), (rank, text)
+
+
+def test_collectives_of_all_ranks_that_can_are_written(worlds):
+    logs = worlds[0] / "stopped" / "logs"
+    files = {path.name: json.loads(path.read_text()) for path in logs.glob("collectives-rank-*")}
+    assert sorted(files) == [f"collectives-rank-{rank:05d}.json" for rank in (0, 1, 3)]
+    for entries in files.values():
+        newest = entries["gloo"][-1]
+        assert newest["profiling_name"] == "gloo:all_reduce"
+        assert newest["input_sizes"] == [[1000]]
+
+
+def test_what_blocks_behind_the_verdict_ends_too(worlds):
+    folder, codes = worlds[0] / "a device that never answers", worlds[1]
+    assert codes["a device that never answers"] == [1] * RANKS  # no thread could say 86
+    assert state(folder)["reason"].startswith("hang: rank 1 (host ")
 
 
 def test_one_rank_reports_for_all(worlds):

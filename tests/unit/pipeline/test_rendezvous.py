@@ -30,7 +30,7 @@ def handled():
 def meet(monkeypatch, start, *, is_asked_to_stop=False, patience=60.0):
     """What `meet_other_ranks` returns, and how often it wanted to leave."""
     left = threading.Event()
-    monkeypatch.setattr(rendezvous, "start_world", lambda _: start(left))
+    monkeypatch.setattr(rendezvous, "start_world", lambda _, **__: start(left))
     monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", patience)
     group = rendezvous.meet_other_ranks(WORLD, is_asked_to_stop=is_asked_to_stop, leave=left.set)
     return group, left.is_set()

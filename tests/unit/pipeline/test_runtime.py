@@ -160,3 +160,28 @@ except UserError as error:
         done.stdout
     ), done.stderr
     assert "a port that is free there" in done.stdout
+
+
+def test_a_rank_that_waits_in_vain_for_the_others():
+    code = """
+import torch
+from data_prep.errors import UserError
+from pipeline.runtime import World, start_world
+try:
+    start_world(World(0, 0, 2, torch.device("cpu")), collective_timeout_seconds=1.5)
+except UserError as error:
+    print(error)
+"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **variables, "MASTER_PORT": str(port)},
+        capture_output=True,
+        text=True,
+        timeout=60,  # torch's own patience is 30 minutes
+        cwd=ROOT,
+    )
+    assert "rank 0 of 2 cannot meet the others" in done.stdout, done.stderr
