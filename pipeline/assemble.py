@@ -125,7 +125,9 @@ def assemble(session: Session) -> Assembled:
         world=world,
         hooks=StepHooks(session.stop.agreed, session.watchdog.mark),
     )
-    services = open_services(session, store, state, partial(evaluate, session, data, engines, step))
+    services = open_services(
+        session, store, engines, state, partial(evaluate, session, data, engines, step)
+    )
     recovery = Recovery(config, engines, services, world, past.roll_backs)
     recovery.load(past.memory)
     resolved = resolved_config_dict(config, session.ds, session.plan)

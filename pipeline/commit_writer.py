@@ -170,7 +170,7 @@ class CommitWriter:
         """Refuse to start what cannot end; old commits that are about to go may go first."""
         if self._rank != 0:
             return
-        needed += needed // 100 + SPARE_BYTES
+        needed = room_for(needed)
         if free_bytes(self._folder) < needed:
             self._upkeep.prune(expecting=True)
         if (free := free_bytes(self._folder)) < needed:
@@ -315,6 +315,18 @@ class BackgroundWrite:
                 marks = self._marks
                 progress()
         return self._error
+
+
+def room_for(num_bytes: int) -> int:
+    """Say how much must be free before a commit is begun.
+
+    Args:
+        num_bytes: What all ranks are about to write.
+
+    Returns:
+        Bytes.
+    """
+    return num_bytes + num_bytes // 100 + SPARE_BYTES
 
 
 def seal(folder: Path, step: int, world_size: int, files: dict[str, Any]) -> None:

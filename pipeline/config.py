@@ -175,6 +175,18 @@ class SafetySection(Section):
     """`rollback` goes back to the newest commit and leaves out the data since then."""
     max_rollbacks: NonNegativeInt = 2
     """Roll-backs to about the same place before the run ends with exit code 87."""
+    resource_interval_seconds: NonNegativeFloat = 10.0
+    """Time between looks at what the run can run out of; what follows says when it stops for that,
+    after a commit. None of it is more than half of what was there after the first step."""
+    min_host_memory_gib: NonNegativeFloat = 1.0
+    """Memory that must stay available on every host, or within the limit of the job, beside the
+    copies that a commit makes; 0 does not watch."""
+    min_gpu_memory_gib: NonNegativeFloat = 0.25
+    """Memory that must stay free on every GPU at its highest point; 0 does not watch."""
+    min_free_disk_gib: NonNegativeFloat = 1.0
+    """Room that must stay free for the run folder beside the next commit; 0 does not watch."""
+    min_free_inodes: NonNegativeInt = 1000
+    """Files that must still fit there beside those of the next commit; 0 does not watch."""
     replica_interval_steps: NonNegativeInt = 500
     """Steps between comparisons of what all ranks should hold alike, beside those before commits; 0
     never compares."""

@@ -50,6 +50,7 @@ ACTIONS = {
     "hang": "sleep for ever, other threads live",
     "gil": "sleep for ever without letting another thread run Python",
     "sleep": "ARGUMENT seconds of sleep",
+    "leak": "ARGUMENT MiB of host memory are taken and kept",
     "signal": "the signal named ARGUMENT, such as SIGTERM, to this process",
     "raise": "an exception that nobody expects",
     "enospc": "no space left on device",
@@ -96,6 +97,7 @@ class Fault:
 
 
 _faults: list[Fault] = []
+_leaked: list[torch.Tensor] = []
 _rank = 0
 
 
@@ -161,6 +163,8 @@ def _hurt(fault: Fault) -> None:
         raise RuntimeError(f"injected at {fault.point}")
     if fault.action == "sleep":
         time.sleep(float(fault.argument))
+    elif fault.action == "leak":
+        _leaked.append(torch.ones(int(fault.argument) << 20, dtype=torch.uint8))
     elif fault.action == "hang":
         while True:
             time.sleep(3600)

@@ -2,19 +2,28 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pipeline.checkpoint import CheckpointStore
+from pipeline.commit_writer import room_for
 from pipeline.engine import Engines
+from pipeline.engine_state import MOMENTS, state_bytes
 from pipeline.evaluate.heldout import evaluate_heldout
 from pipeline.metrics_writer import MetricsWriter
 from pipeline.mixture_sources import heldout_samples
 from pipeline.progress import ProgressDisplay
+from pipeline.resources import CommitNeeds, ResourceWatch
 from pipeline.run_data import RunData
+from pipeline.runtime import ranks_on_this_host
 from pipeline.session import Session
 from pipeline.stragglers import Stragglers
 from pipeline.train_state import Services, TrainState
 from pipeline.training_step import TrainingStep
+
+_FP32_BYTES = 4
+_FILES_OF_NO_RANK = 16
+"""Folders, manifest, seal, configuration and state, and their `.partial` names."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +57,35 @@ def checkpoint_store(session: Session) -> CheckpointStore:
     )
 
 
+def commit_needs(session: Session, engines: Engines) -> CommitNeeds:
+    """Count what the next commit takes.
+
+    Args:
+        session: This start.
+        engines: The networks, behind their first step.
+
+    Returns:
+        The whole commit on disk; in memory the copies of all ranks of this host.
+    """
+    world, networks = session.world, engines.by_name.values()
+    numbers = sum(
+        getattr(parameter, "ds_numel", parameter.numel())
+        for engine in networks
+        for parameter in engine.module.parameters()
+    )
+    whole = numbers * (1 + len(MOMENTS)) * _FP32_BYTES
+    shares = [state_bytes(engine, world.rank) for engine in networks]
+    # One network's copy at a time where training waits for the files.
+    own = sum(shares) if session.config.checkpoint.asynchronous else max(shares)
+    others = (ranks_on_this_host(world) - 1) * min(own, whole // world.world_size)
+    num_files = world.world_size * len(shares) + _FILES_OF_NO_RANK
+    return CommitNeeds(room_for(whole), own + others, num_files)
+
+
 def open_services(
     session: Session,
     store: CheckpointStore,
+    engines: Engines,
     state: TrainState,
     evaluate: Callable[[Callable[[], bool]], dict[str, float] | None],
 ) -> Services:
@@ -59,6 +94,7 @@ def open_services(
     Args:
         session: This start.
         store: The run's commits.
+        engines: The networks.
         state: Where the loop begins; rows behind it are dropped.
         evaluate: Held-out figures, see `Services`.
 
@@ -80,6 +116,9 @@ def open_services(
         folder=folder,
         watchdog=session.watchdog,
         stragglers=Stragglers(config.safety, world, session.control_group),
+        resources=ResourceWatch(
+            config.safety, world, folder.path, partial(commit_needs, session, engines)
+        ),
         metrics=metrics,
         progress=progress,
     )

@@ -132,11 +132,12 @@ def _export_mpi_ranks() -> None:
     else:
         _spans_hosts(comm)
     address, port = comm.bcast(proposal, root=0)
-    local = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+    here = comm.Split_type(MPI.COMM_TYPE_SHARED)
     os.environ.update(
         RANK=str(comm.Get_rank()),
         WORLD_SIZE=str(comm.Get_size()),
-        LOCAL_RANK=str(local),
+        LOCAL_RANK=str(here.Get_rank()),
+        LOCAL_WORLD_SIZE=str(here.Get_size()),
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
@@ -169,8 +170,7 @@ def start_world(
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     if world.device.type == "cpu":
         # ZeRO-3 asks for it in every bucket; without it DeepSpeed runs `numactl` each time.
-        local_size = os.environ.get("LOCAL_WORLD_SIZE", str(world.world_size))
-        os.environ.setdefault("LOCAL_SIZE", local_size)
+        os.environ.setdefault("LOCAL_SIZE", str(ranks_on_this_host(world)))
     backend, timeout = "gloo", timedelta(seconds=collective_timeout_seconds)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -248,6 +248,24 @@ def fault_text() -> str:
     return os.environ.get(VARIABLE, "")
 
 
+def launcher_environment() -> dict[str, str]:
+    """Copy the environment, for what looks at the settings of others.
+
+    Returns:
+        Name -> value.
+    """
+    return dict(os.environ)
+
+
+def node_name() -> str:
+    """Name this host as the batch system does.
+
+    Returns:
+        SLURM's name of the node; the host's own outside of a job.
+    """
+    return os.environ.get("SLURMD_NODENAME", "") or socket.gethostname()
+
+
 def job_id() -> str:
     """Read which job of the cluster this is.
 
@@ -255,6 +273,20 @@ def job_id() -> str:
         SLURM's job id; empty outside of a job.
     """
     return os.environ.get("SLURM_JOB_ID", "")
+
+
+def ranks_on_this_host(world: World) -> int:
+    """Read how many ranks share this host.
+
+    Args:
+        world: This process's place.
+
+    Returns:
+        What torchrun, srun and MPI, or the deepspeed launcher, say; all ranks where nobody does.
+    """
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    said = (os.environ.get(name, "") for name in names)
+    return next((int(text) for text in said if text.isdigit()), world.world_size)
 
 
 def use_deterministic_kernels() -> None:

@@ -4,6 +4,7 @@
     a file `stop` in the folder   the same, for people without a way to send signals
     a file `save-now`             commit at the next step boundary and go on
     [checkpoint] interval_seconds the same, by the clock
+    something runs out            stop, as long as it can be done cleanly (`pipeline.resources`)
 
 Files are seen by rank 0 and removed when they are seen. Ranks agree on a CPU group: between the
 generator's micro steps, between held-out batches, and at every step boundary.
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import UserError
+from pipeline.resources import Shortage
 
 SECOND_SIGNAL_SECONDS = 3.0
 STOP_FILE, SAVE_FILE = "stop", "save-now"
@@ -61,7 +63,10 @@ class StopSignal:
         self._saved_seconds = self._looked_seconds = time.monotonic()
         self._first_seconds: float | None = None
         self._wants_save = False
+        self._shortage_number = 0
         self.name = ""
+        self.shortage: Shortage | None = None
+        """What runs out on some rank; known on all ranks once they have agreed to stop for it."""
 
     def install(self) -> None:
         """Take over the signals; only the main thread may."""
@@ -99,6 +104,14 @@ class StopSignal:
         self._saved_seconds = time.monotonic()
         self._wants_save = False
 
+    def run_short(self, shortage: Shortage) -> None:
+        """Ask all ranks to stop because of what runs out on this one.
+
+        Args:
+            shortage: What it is.
+        """
+        self._shortage_number = shortage.encode()
+
     def _handle(self, number: int, _frame: types.FrameType | None) -> None:
         now = time.monotonic()
         if self._first_seconds is None:
@@ -131,13 +144,17 @@ class StopSignal:
         """
         self._look()
         lost = self._lost()
-        flags = torch.tensor([int(self.received), int(self._wants_save), int(bool(lost))])
+        wishes = [int(self.received), int(self._wants_save), int(bool(lost)), self._shortage_number]
+        flags = torch.tensor(wishes)
         if self._group is not None and self._group.size() > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
-        stop, save, is_lost = map(bool, flags.tolist())
+        stop, save, is_lost, shortage_number = flags.tolist()
         if is_lost:
             raise UserError(lost or "rank 0 has lost the run folder; its message says to whom")
-        return Requests(stop, save)
+        if shortage_number and self.shortage is None:
+            self.shortage = Shortage.decode(shortage_number)
+            self.name = self.name or self.shortage.reason
+        return Requests(bool(stop or shortage_number), bool(save))
 
     def _look(self) -> None:
         """See what files ask for, and whether it is time for a commit; now and then."""

@@ -363,7 +363,10 @@ def _stopped(session: "Session", step: int | None) -> int:
     if session.world.is_main:
         _write_status(session.folder, "stopped", step, session.stop.name or "request")
         done = "before the first step" if step is None else f"committed step {step}"
-        message = f"stopped on request; {done}; the same command resumes"
+        why = "stopped on request"
+        if session.stop.shortage is not None:
+            why = f"stopped: {session.stop.shortage.reason}"
+        message = f"{why}; {done}; the same command resumes"
         tell(message)
     # A launcher ends the other ranks when one has left with a code that is not 0, and would end
     # rank 0 before it has said how the run stands.

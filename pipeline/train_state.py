@@ -9,6 +9,7 @@ from pipeline.checkpoint import CheckpointStore
 from pipeline.engine_stepping import StepOutcome
 from pipeline.metrics_writer import MetricsWriter
 from pipeline.progress import ProgressDisplay
+from pipeline.resources import ResourceWatch
 from pipeline.run_folder import RunFolder
 from pipeline.stop_signal import StopSignal
 from pipeline.stragglers import Stragglers
@@ -57,6 +58,7 @@ class Services:
     watchdog: Watchdog
     """Told of every sign of progress."""
     stragglers: Stragglers
+    resources: ResourceWatch
     metrics: MetricsWriter | None
     """On rank 0 only."""
     progress: ProgressDisplay | None

@@ -108,6 +108,8 @@ class Trainer:
             stopping = self._services.stop.agreed() or self._repay_evaluation()
             while self.state.step < max_steps and not stopping:
                 result = self._take_step(self._wait_for_data())
+                if shortage := self._services.resources.look():
+                    self._services.stop.run_short(shortage)
                 requests = self._services.stop.agreed_requests()
                 stopping = requests.stop
                 if result is not None:

@@ -18,6 +18,7 @@ from pipeline.metrics import IntervalSums
 from pipeline.metrics_writer import MetricsWriter
 from pipeline.progress import ProgressDisplay
 from pipeline.recovery import Recovery
+from pipeline.resources import CommitNeeds, ResourceWatch
 from pipeline.run_folder import RunFolder
 from pipeline.sample_order import NOTHING_SKIPPED
 from pipeline.skip_list import RollBackLog
@@ -122,6 +123,9 @@ class Run:
             folder=self.folder,
             watchdog=Watchdog(self.folder.path, world, config.safety),
             stragglers=Stragglers(config.safety, world, None),
+            resources=ResourceWatch(
+                config.safety, world, self.folder.path, lambda: CommitNeeds(0, 0, 0)
+            ),
             metrics=MetricsWriter(self.folder.metrics, self.folder.path / "tensorboard", 1),
             progress=ProgressDisplay(0, config.schedule.max_steps),
         )

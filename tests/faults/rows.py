@@ -72,6 +72,9 @@ ROWS = {
         Row(30, "a payload in a pickle; names that leave", "refused, nothing executed"),
         Row(31, "dashboards and secrets", "localhost only; secrets scrubbed"),
         Row(32, "an export interrupted", "whole or absent; the same numbers as the trainer"),
+        Row(
+            33, "memory, disk or inodes run out", "told; all ranks commit before, 75, with the cure"
+        ),
     )
 }
 

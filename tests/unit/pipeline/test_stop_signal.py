@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep.errors import UserError
 from pipeline import stop_signal
+from pipeline.resources import Kind, Shortage
 from pipeline.stop_signal import Requests, StopSignal
 
 ROOT = Path(__file__).parents[3]
@@ -152,3 +154,35 @@ def test_a_lost_run_folder_ends_the_run(clock, tmp_path):
     assert stop.agreed_requests() == Requests(False, False)
     with pytest.raises(UserError, match="taken over by host b"):
         stop.agreed()
+
+
+def test_what_runs_out_on_one_rank_stops_all(monkeypatch):
+    shortage = Shortage(Kind.GPU_MEMORY, 5, 123)
+    here, there = StopSignal(), StopSignal()
+
+    class Group:
+        def size(self):
+            return 2
+
+    def all_reduce(flags, operation, group):
+        """The other rank is asked at the same time."""
+        theirs = torch.tensor([0, 0, 0, there._shortage_number])
+        assert theirs.dtype == flags.dtype
+        flags.copy_(torch.maximum(flags, theirs))
+
+    monkeypatch.setattr(stop_signal.dist, "all_reduce", all_reduce)
+    here._group = Group()
+    assert here.agreed_requests() == Requests(stop=False, save=False)
+    assert here.shortage is None
+    there.run_short(shortage)
+    assert here.agreed_requests() == Requests(stop=True, save=False)
+    assert here.shortage == shortage
+    assert here.name == shortage.reason
+
+
+def test_a_signal_that_came_before_is_the_reason():
+    stop = StopSignal(None)
+    stop._handle(signal.SIGTERM, None)
+    stop.run_short(Shortage(Kind.DISK, 0, 1))
+    assert stop.agreed()
+    assert stop.name == "SIGTERM"
