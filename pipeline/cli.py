@@ -10,6 +10,7 @@ import typer
 from data_prep.errors import UserError
 from pipeline.commands_checkpoint import checkpoint_app
 from pipeline.commands_compare import compare_command
+from pipeline.commands_doctor import doctor_command
 from pipeline.commands_evaluate import evaluate_command
 from pipeline.commands_export import export_command
 from pipeline.commands_extend import extend_command
@@ -48,6 +49,7 @@ app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)
 app.command("extend")(extend_command)
 app.command("plan")(plan_command)
+app.command("doctor")(doctor_command)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 
