@@ -116,7 +116,7 @@ def look_at_peers(node: str, world: World, variables: Mapping[str, str]) -> list
         variables: Of the process, with the launcher's.
 
     Returns:
-        Rank 0 speaks for all where something concerns all; each rank says what it could not do.
+        What concerns this node; on rank 0 also what concerns all, and who did not come.
     """
     address = f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}"
     try:
@@ -184,8 +184,8 @@ def _together(node: str, world: World, store: PrefixStore) -> list[Finding]:
         dist.all_gather_object(peers, mine, group=group)
     finally:
         dist.destroy_process_group()
-    compared = [*compare_clocks(peers), *compare_versions(peers)] if world.is_main else []
-    return [speed, *compared]
+    compared = [*compare_clocks(peers), *compare_versions(peers)]  # the same on all ranks
+    return [speed, *(finding for finding in compared if finding.node == node)]
 
 
 def _all_reduce(node: str, world: World) -> Finding:

@@ -21,10 +21,9 @@ def look_at_node(
         expected_gpus: How many GPUs there should be; None where nobody says.
 
     Returns:
-        The findings.
+        The findings; of other nodes, too, where rank 0 has waited for them in vain.
     """
-    run = run or Path()
-    node = node_name()
+    run, node = run or Path(), node_name()
     findings: list[Finding] = []
     variables = launcher_environment()
     if variables.get("DS_ACCELERATOR") == "cpu":

@@ -63,12 +63,11 @@ def test_two_tasks(tmp_path):
     assert any(line.startswith("lab08 clock: ok, all 2 ranks within") for line in lines)
     assert any(line.startswith("lab08 versions: ok, the same on 2 ranks") for line in lines)
     assert "lab08 network: ok, gloo all-reduce over 2 ranks" in second[1]
-    assert "versions" not in second[1]
 
 
 def test_a_task_that_does_not_come(tmp_path):
     ((code, output, errors),) = tasks(tmp_path, [0], 2)
-    assert code == 1, errors
+    assert code == 0, errors  # its own node is well
     assert "rank 1 network: FAIL, did not reach rank 0 at " in output
 
 
