@@ -14,6 +14,7 @@ from pipeline.commands_doctor import doctor_command
 from pipeline.commands_evaluate import evaluate_command
 from pipeline.commands_export import export_command
 from pipeline.commands_extend import extend_command
+from pipeline.commands_launch import launch_command
 from pipeline.commands_plan import plan_command
 from pipeline.train import leave
 from pipeline.train import run as run_training
@@ -48,6 +49,7 @@ app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)
 app.command("extend")(extend_command)
+app.command("launch")(launch_command)
 app.command("plan")(plan_command)
 app.command("doctor")(doctor_command)
 app.add_typer(checkpoint_app, name="checkpoint")

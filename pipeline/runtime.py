@@ -16,7 +16,7 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -65,6 +65,7 @@ class World:
         """
         # DeepSpeed asks MPI unless it finds all of them in the environment.
         os.environ.update(launcher_variables(os.environ))
+        os.environ.update(_open_mpi_ranks(os.environ))
         is_by_mpi = any(name in os.environ for name in _MPI_RANK_VARIABLES)
         if "RANK" not in os.environ and is_by_mpi and not is_task_of_a_step(os.environ):
             _export_mpi_ranks()
@@ -114,6 +115,17 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _open_mpi_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Take ranks from Open MPI's variables where it is known where rank 0 waits: without mpi4py."""
+    names = {name: f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK")}
+    sizes = {"WORLD_SIZE": "OMPI_COMM_WORLD_SIZE", "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE"}
+    needed = {**names, **sizes}
+    known = {*needed.values(), "MASTER_ADDR", "MASTER_PORT"} <= {*environment}
+    if "RANK" in environment or not known:
+        return {}
+    return {name: environment[theirs] for name, theirs in needed.items()}
+
+
 def _export_mpi_ranks() -> None:
     """Agree over MPI on ranks and on a rendezvous that rank 0 proposes."""
     try:
@@ -123,6 +135,13 @@ def _export_mpi_ranks() -> None:
             "started by mpirun, but mpi4py is not installed: pip install 'deberta-pretrain[mpi]'"
         ) from error
     comm = MPI.COMM_WORLD
+    started = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or ""
+    if started.isdigit() and int(started) != comm.Get_size():
+        raise UserError(
+            f"mpirun has started {started} ranks, and mpi4py sees {comm.Get_size()}: they belong "
+            "to different MPIs; use the mpirun of mpi4py's MPI, or export MASTER_ADDR and "
+            "MASTER_PORT (mpirun -x) with Open MPI's"
+        )
     proposal = None
     if comm.Get_rank() == 0:
         host = socket.gethostname() if _spans_hosts(comm) else "127.0.0.1"

@@ -78,5 +78,7 @@ def block_after_python():
 
 def test_files_that_the_readme_names_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in set(re.findall(r"ds_configs/[\w.]+|pipeline/config\.py|[A-Z]+\.md", text)):
+    for name in set(
+        re.findall(r"ds_configs/[\w.]+|pipeline/config\.py|(?:\w+/)*[A-Z_]+\.md", text)
+    ):
         assert (ROOT / name).exists(), name

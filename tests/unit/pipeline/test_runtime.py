@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,38 @@ def test_mpirun_without_mpi4py(launched, monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(UserError, match=r"pip install 'deberta-pretrain\[mpi\]'"):
         World.from_environment()
+
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+
+
+def test_open_mpi_needs_no_mpi4py_where_rank_0_waits_at_a_known_address(launched, monkeypatch):
+    for name in (*OPEN_MPI, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    launched({**OPEN_MPI, "MASTER_ADDR": "n1", "MASTER_PORT": "29500"})
+    world = World.from_environment()
+    assert (world.rank, world.local_rank, world.world_size) == (3, 1, 4)
+    assert os.environ.pop("LOCAL_WORLD_SIZE") == "2"
+    launched(OPEN_MPI)
+    with pytest.raises(UserError, match="mpi4py is not installed"):
+        World.from_environment()
+
+
+def test_an_mpirun_of_another_mpi_than_mpi4pys(launched, monkeypatch):
+    comm = types.SimpleNamespace(Get_size=lambda: 1, Get_rank=lambda: 0)
+    monkeypatch.setitem(
+        sys.modules, "mpi4py", types.SimpleNamespace(MPI=types.SimpleNamespace(COMM_WORLD=comm))
+    )
+    launched(OPEN_MPI)
+    with pytest.raises(UserError) as caught:
+        World.from_environment()
+    assert "mpirun has started 4 ranks, and mpi4py sees 1" in str(caught.value)
 
 
 def test_the_cpu_on_request(launched, monkeypatch):
