@@ -139,6 +139,18 @@ def losses(run):
     return rows(run)
 
 
+def srun(cluster, *words, **variables):
+    """A step of one task on each node, with no launcher between; the finished process."""
+    mine = environment(**variables)
+    mine["PATH"] = f"{mine['PATH']}:{cluster.environment['PATH']}"
+    return cluster.run_on(
+        cluster.controller,
+        ["srun", "--nodes=2", "--ntasks-per-node=1", *words],
+        env={**cluster.environment, **mine},
+        timeout=200,
+    )
+
+
 def test_every_launcher_gives_the_same_losses(launched, cluster, words, tmp_path, outcome):
     runs = {}
     for launcher in ("pdsh", "openmpi", "torchrun", "mpirun"):
@@ -147,14 +159,8 @@ def test_every_launcher_gives_the_same_losses(launched, cluster, words, tmp_path
         assert run.state()["status"] == "done"
         runs[launcher] = losses(run.run)
     by_srun = tmp_path / "by-srun"
-    start = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "pipeline.train"]
-    variables = {**cluster.environment, **environment()}
-    done = cluster.run_on(
-        cluster.controller,
-        [*start, *words, f"run.folder={by_srun}"],
-        env={**variables, "PATH": f"{variables['PATH']}:{cluster.environment['PATH']}"},
-        timeout=150,
-    )
+    train = [sys.executable, "-m", "pipeline.train", *words, f"run.folder={by_srun}"]
+    done = srun(cluster, *train)
     assert done.returncode == 0, done.stderr
     runs["srun"] = losses(by_srun)
     first = runs["pdsh"]
@@ -231,3 +237,23 @@ def test_signals_reach_all_ranks_through_a_launcher_that_dies_of_them(launched, 
     assert run.state()["status"] == "stopped"
     assert run.state()["step"] >= 3
     outcome("SIGUSR1 to deberta launch by torchrun", end=f"75, step {run.state()['step']}")
+
+
+def test_nodes_are_looked_at_together(cluster, tmp_path, outcome):
+    doctor = [sys.executable, "-m", "pipeline.cli", "doctor", "--node", "--run", str(tmp_path)]
+    first, second = cluster.nodes
+    well = srun(cluster, *doctor)
+    assert well.returncode == 0, well.stdout + well.stderr
+    lines = well.stdout.splitlines()
+    checks = [line.split(": ok, ")[0] for line in lines]
+    for node in (first, second):
+        assert {f"{node} gpu", f"{node} run folder {tmp_path}", f"{node} network"} <= {*checks}
+    assert any(line.startswith(f"{first} network: ok, gloo all-reduce over 2") for line in lines)
+    assert any(line.startswith(f"{first} clock: ok, all 2 ranks within") for line in lines)
+    assert any(line.startswith(f"{first} versions: ok, the same on 2 ranks") for line in lines)
+    bad = srun(cluster, "--gpus-per-node=2", *doctor, DS_ACCELERATOR="", GLOO_SOCKET_IFNAME="ib7")
+    assert bad.returncode != 0
+    for node in (first, second):
+        assert f"{node} gpu: FAIL, 0 are visible and 2 were given to the job" in bad.stdout
+        assert f"{node} network: FAIL, GLOO_SOCKET_IFNAME=ib7, and this node has " in bad.stdout
+    outcome("deberta doctor on two nodes", end=f"{len(lines)} lines ok; GPUs and interface missed")
