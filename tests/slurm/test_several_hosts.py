@@ -24,6 +24,7 @@ JSON = {
     "zero_optimization": {"stage": 1, "reduce_bucket_size": 1_000_000},
 }
 SLOW = "step.begin:0:0-99:sleep:0.5"
+LONG = "step.begin:0:2-99:sleep:2"
 SHORT = ("safety.hang_seconds=15", "safety.hang_step_factor=2")
 HANG_LIMIT_SECONDS = 90
 
@@ -226,6 +227,20 @@ def test_a_stopped_rank_is_named(launched, hosts, outcome):
     # DeepSpeed's launcher gives its ranks 30 s to end, which this one cannot use.
     run.until_nothing_is_left(HANG_LIMIT_SECONDS - (time.monotonic() - since))
     outcome("SIGSTOP to the rank of the second host", end=reason)
+
+
+def test_a_launcher_that_is_killed_leaves_ranks_that_are_named(launched, hosts, outcome):
+    run = launched(DEBERTA_FAULT=LONG)
+    run.until_step(3)
+    assert hosts.run_on(hosts.names[0], ["pkill", "-KILL", "-f", "^pdsh -S"]).returncode == 0
+    assert run.end() == 1, run.log.read_text()
+    said = run.log.read_text()
+    assert "the launcher ended with 0, and the run did not: state.json says running" in said
+    assert "still at work: rank 0 (host " in said
+    (run.run / "stop").touch()
+    run.until_nothing_is_left(60)
+    assert run.state()["status"] == "stopped"
+    outcome("SIGKILL to pdsh", end="1; both ranks named; `stop` ended them with a commit")
 
 
 def test_signals_reach_all_ranks_through_a_launcher_that_dies_of_them(launched, hosts, outcome):
