@@ -61,6 +61,7 @@ def evaluate_command(
     ] = None,
     label_column: Annotated[str, typer.Option(help="Column of the class.")] = "label",
     seeds: Annotated[int, typer.Option(help="Models to train from each start.")] = 3,
+    first_seed: Annotated[int, typer.Option(help="Seed of the first of them.")] = 0,
     epochs: Annotated[int, typer.Option(help="Passes over the training file.")] = 5,
     learning_rate: LearningRateOption = None,
     batch_size: BatchSizeOption = None,
@@ -101,7 +102,14 @@ def evaluate_command(
         )
     if train is not None and test is not None:
         options = FinetuneOptions(
-            seeds, epochs, learning_rate, batch_size or 16, max_length, max_train, device
+            seeds,
+            epochs,
+            learning_rate,
+            batch_size or 16,
+            max_length,
+            max_train,
+            device,
+            first_seed=first_seed,
         )
         finetuned = finetune(
             model,

@@ -43,7 +43,7 @@ class FinetuneOptions:
     """How to fine-tune; the same for every seed and start."""
 
     seeds: int = 3
-    """Seeds 0 .. seeds - 1 of the new weights, the order of the batches and dropout."""
+    """How many seeds, from `first_seed` on: of new weights, the order of the batches, dropout."""
     epochs: int = 5
     """Passes over the training file."""
     learning_rate: float | None = None
@@ -58,6 +58,8 @@ class FinetuneOptions:
     """"auto" (a GPU if there is one), "cpu" or "cuda"."""
     starts: tuple[str, ...] = STARTS
     """What to begin from: "pretrained", "random" or both."""
+    first_seed: int = 0
+    """The first of them: processes that share the seeds among them begin at different ones."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def finetune(
         rate = options.learning_rate or _RATE_TIMES_SIZE / size
         data = build_task(files, Tokenizer.load(repository), options.max_length)
         runs = []
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             for start in options.starts:
                 scores = _train_and_score(repository, start, data, options, rate, seed, device)
                 runs.append(FinetuneRun(start, seed, scores))
@@ -182,6 +184,7 @@ def finetune(
 def _check_options(options: FinetuneOptions) -> None:
     """Refuse numbers that cannot be meant."""
     least = {"seeds": 1, "epochs": 1, "batch_size": 1, "max_length": 8, "max_train": 2}
+    least |= {"first_seed": 0}
     for name, minimum in least.items():
         value = getattr(options, name)
         if value is not None and value < minimum:

@@ -27,9 +27,9 @@ LAYERS = {
     5: "trainer checkpoint commit step objective_keys assemble banner export export_reload "
     "export_verify hf_layout model_card evaluate compare run_data weights guard initialize "
     "session run_services training_step train_state recovery commit_writer commit_upkeep "
-    "commit_conversion resume divergence extend preflight launch",
+    "commit_conversion resume divergence extend preflight launch submit",
     6: "cli commands_plan commands_extend commands_checkpoint commands_export commands_evaluate "
-    "commands_compare commands_doctor commands_launch train dry_run demo",
+    "commands_compare commands_doctor commands_launch commands_submit train dry_run demo",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 CONTRACT = {"data_prep.errors", "data_prep.manifest", "data_prep.shards", "data_prep.tokenizer"}

@@ -202,6 +202,14 @@ def test_default_learning_rate(exported, classes):
     assert report.learning_rate == pytest.approx(0.2 / (3 * 24))
 
 
+def test_seeds_may_be_shared_among_processes(exported, classes):
+    def runs(**changes):
+        options = FinetuneOptions(**{"epochs": 1, "max_train": 8, "max_length": 16, **changes})
+        return finetune(exported.folder, *classes, options=options).runs
+
+    assert runs(seeds=2) == runs(seeds=1) + runs(seeds=1, first_seed=1)
+
+
 def test_command_with_everything(exported, dataset_folder, tagged, tmp_path, capsys):
     arguments = {
         "train": tagged[0],
@@ -237,6 +245,7 @@ def test_command_with_everything(exported, dataset_folder, tagged, tmp_path, cap
     ("changes", "message"),
     [
         ({"seeds": 0}, r"--seeds 0: give 1 or more"),
+        ({"first_seed": -1}, r"--first-seed -1: give 0 or more"),
         ({"epochs": 0}, r"--epochs 0: give 1"),
         ({"max_train": 1}, r"--max-train 1: give 2"),
         ({"max_length": 4}, r"--max-length 4: give 8"),
