@@ -9,6 +9,7 @@
 tell() { echo "$(date '+%F %T') ${SLURM_JOB_NAME:-job} ${SLURM_JOB_ID:-}: $*" >&2; }
 
 begin_job() {
+    trap 'start_again "the time limit is near"' USR1 # without a trap it would end this shell
     if [[ -n "${DEBERTA_SETUP:-}" ]]; then
         set +u # modules and virtual environments use variables that are not set
         # shellcheck disable=SC1090
@@ -16,6 +17,8 @@ begin_job() {
         set -u
     fi
     read -ra CONTAINER <<<"${DEBERTA_CONTAINER:-}"
+    # Options alone are srun's, from pyxis.
+    if [[ ${CONTAINER[0]-} == --* ]]; then CONTAINER=(srun --ntasks=1 "${CONTAINER[@]}"); fi
     LAUNCH=()
     tell "start $((${SLURM_RESTART_COUNT:-0} + 1)) on ${SLURM_JOB_NODELIST:-$(hostname)}"
 }
@@ -32,7 +35,7 @@ job_state() {
     for _ in 1 2 3 4 5 6; do
         if answer=$(timeout 20 scontrol -o show job "$SLURM_JOB_ID"); then
             grep -o ' JobState=[A-Z_]*' <<<"$answer" | head -n 1 | cut -d= -f2
-            return
+            return 0 # in a trap, `return` alone is what came before the trap
         fi
         sleep 5
     done
@@ -58,19 +61,19 @@ start_again() {
 }
 
 run() {
-    local rc=0 pid
+    local rc=0 pid=''
+    trap '[[ -z $pid ]] || kill -TERM "$pid" 2>/dev/null || true' TERM
+    # In the background, because bash runs a trap only after a command in the foreground has ended.
     "${LAUNCH[@]}" "${CONTAINER[@]}" "$@" &
     pid=$!
-    # In the background, because bash runs a trap only after a command in the foreground has ended.
-    trap 'start_again "the time limit is near"' USR1
-    trap 'kill -TERM "$pid" 2>/dev/null || true' TERM
     wait "$pid" || rc=$?
     while kill -0 "$pid" 2>/dev/null; do
         rc=0
         wait "$pid" || rc=$?
     done
-    trap - USR1 TERM
-    ((rc == 0)) && return
+    trap '' USR1 # what is left takes a moment
+    trap - TERM
+    ((rc != 0)) || return 0
     # 1: a worker of the preparation died; above 128: a signal, most often because memory ran out.
     if ((rc > 128 || rc == ${RETRIED_EXIT_CODE:-129})); then
         start_again "exit code $rc of $1"

@@ -285,7 +285,11 @@ def _add_pretrain(builder: _Builder, section: PretrainSection) -> None:
         "PREFLIGHT": str(int(section.preflight)),
         **{name: str(value) for name, value in limits.items() if value is not None},
     }
-    options = {"ntasks-per-node": str(section.ntasks_per_node or section.gpus_per_node)}
+    gpus = section.gpus_per_node or 0
+    options = {
+        "ntasks-per-node": str(section.ntasks_per_node or gpus),
+        "gpus-per-node": str(gpus),
+    }
     if section.signal_seconds is not None:
         options["signal"] = f"B:USR1@{section.signal_seconds}"
     builder.add("pretrain", section, parameters, [layout.run / "state.json"], options)

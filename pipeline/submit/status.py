@@ -19,7 +19,7 @@ from pipeline.submit.client import Slurm, SlurmError, TaskState
 from pipeline.submit.record import Record, SubmittedJob
 
 _TAIL_BYTES = 1 << 16
-_SHOWN_RESTARTS = 5
+_SHOWN_DECISIONS = 6
 _RATE = "perf/tokens_per_second"
 _STEP_SECONDS = "perf/step_seconds"
 _MAX_STEPS = ("run_config", "schedule", "max_steps")
@@ -127,10 +127,11 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
         cells = [_job_cells(job, asked=status["queue"] == "asked") for job in status["jobs"]]
         lines += _table(("stage", "job", "state", "nodes", ""), cells)
     lines += _training_lines(status["training"])
-    restarts = status["restarts"]
-    if restarts:
-        lines.append(f"decisions of the batch script: {len(restarts)}")
-        lines += [f"  {_restart_line(each)}" for each in restarts[-_SHOWN_RESTARTS:]]
+    decisions = status["restarts"]
+    if decisions:
+        starts = sum(row.get("decision") == "start" for row in decisions)
+        lines.append(f"restarts: {max(0, starts - 1)}; the last decisions of the batch script:")
+        lines += [f"  {_restart_line(each)}" for each in decisions[-_SHOWN_DECISIONS:]]
     return lines
 
 
@@ -174,10 +175,13 @@ def _training_lines(training: Mapping[str, Any]) -> list[str]:
 
 
 def _restart_line(row: Mapping[str, Any]) -> str:
-    """One decision; keys are those of requeue.sh."""
-    known = ("time", "job", "restart", "step", "state", "job_state", "decision", "reason", "nodes")
-    cells = [f"{name} {row[name]}" for name in known if row.get(name) not in (None, "")]
-    return ", ".join(cells) or json.dumps(dict(row))
+    """One decision of requeue.sh."""
+    seconds = _number(row.get("unix_seconds"))
+    when = "" if seconds is None else time.strftime("%F %T", time.localtime(seconds))
+    step = row.get("step", "?")
+    return (
+        f"{when} job {row.get('job_id')}, step {step}: {row.get('decision')}: {row.get('reason')}"
+    )
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

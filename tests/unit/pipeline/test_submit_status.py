@@ -34,8 +34,14 @@ def run(tmp_path):
     ]
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 13')
-    restart = {"time": "2026-01-01 00:00", "decision": "requeue", "reason": "time limit"}
-    (slurm / "restarts.jsonl").write_text(json.dumps(restart) + "\n")
+    decision = {"unix_seconds": 1e9, "job_id": "12", "step": 1000}
+    decisions = [
+        {**decision, "decision": "start", "reason": "on n1"},
+        {**decision, "decision": "requeue", "reason": "stopped by SIGUSR1"},
+        {**decision, "decision": "start", "reason": "on n1"},
+    ]
+    lines = "".join(json.dumps(each) + "\n" for each in decisions)
+    (slurm / "restarts.jsonl").write_text(lines)
     return tmp_path
 
 
@@ -56,8 +62,8 @@ def test_people_get_all_of_it_without_slurm(run):
         "step: 1,200 of 5,000 (24.0%), committed 1,000",
         "rate: 1,000 tokens/s, 2 s a step, as of",
         "left: 2 h 6 min of training at this rate",
-        "decisions of the batch script: 1",
-        "decision requeue, reason time limit",
+        "restarts: 1; the last decisions of the batch script:",
+        "job 12, step 1000: requeue: stopped by SIGUSR1",
     ):
         assert words in text
 
