@@ -127,7 +127,9 @@ def test_ranks_of_mpi_on_two_nodes_make_the_same(
 ):
     output = tmp_path / "dataset"
     given = {**words(texts, tokenizer_folder, output), "EXECUTOR": "mpi"}
-    given["UCX_TLS"] = "tcp,self"  # MPI sees one machine, whose shared memory the hosts do not share
+    given["UCX_TLS"] = (
+        "tcp,self"  # MPI sees one machine, whose shared memory the hosts do not share
+    )
     job_id = cluster.sbatch(
         ROOT / "slurm/prep.sbatch",
         env={**environment, **given},
