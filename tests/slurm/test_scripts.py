@@ -62,6 +62,17 @@ def test_rendered_scripts_are_clean(shellcheck, recipe, tmp_path):
     shellcheck(*paths)
 
 
+def test_the_recipe_of_the_readme_is_one(tmp_path):
+    (text,) = re.findall(r"```toml\n(.*?)```", (SLURM / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "recipe.toml").write_text(text)
+    assert load_recipe(tmp_path / "recipe.toml").stages == (
+        "prep",
+        "pretrain",
+        "export",
+        "evaluate",
+    )
+
+
 @pytest.mark.parametrize("path", PLAIN, ids=lambda path: path.stem)
 def test_each_line_of_a_header_has_its_reason(path):
     script = PlainScript.read(path)

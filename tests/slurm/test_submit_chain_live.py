@@ -43,7 +43,6 @@ overrides = ["schedule.max_steps=6", "checkpoint.interval_steps=3"]
 nodes = 2
 gpus_per_node = 0
 ntasks_per_node = 1
-preflight = false
 time = "00:10:00"
 
 [export]
