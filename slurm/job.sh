@@ -53,10 +53,15 @@ start_again() {
         tell "$1; not started again after $((SLURM_RESTART_COUNT + 1)) starts (MAX_RESTARTS)"
     else
         tell "$1; queued again"
-        if scontrol requeue "$SLURM_JOB_ID"; then
-            sleep 600 & # SLURM ends this shell; an exit code now would be the job's
-            wait $!
-        fi
+        for _ in 1 2 3 4 5 6; do # a controller may be away
+            if timeout 20 scontrol requeue "$SLURM_JOB_ID"; then
+                sleep 600 & # SLURM ends this shell; an exit code before that would be the job's
+                wait $! || true
+                exit 1
+            fi
+            sleep 5
+        done
+        tell "scontrol requeue fails"
     fi
 }
 

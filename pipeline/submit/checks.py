@@ -210,7 +210,8 @@ def _training_findings(recipe: Recipe, layout: Layout, training: Training) -> It
     config, deepspeed = training.config, training.deepspeed
     section = recipe.pretrain
     assert section is not None, "training was loaded from it"
-    if not section.gpus_per_node:
+    # GPUs may also be asked for by --gres, whose names only the site knows.
+    if not section.gpus_per_node and not any("gpu" in word for word in section.sbatch_options):
         try:
             check_device(deepspeed, "cpu")
         except UserError as error:

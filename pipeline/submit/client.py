@@ -119,7 +119,7 @@ class Slurm:
         """
         done = self._run(["sbatch", "--parsable", *options, script])
         match = re.search(r"^(\d+)(?:;(\S+))?$", done.stdout, re.MULTILINE)
-        if done.returncode != 0 or match is None:
+        if match is None:
             raise SlurmError(_last_line(done) or "sbatch gave no job id")
         return match[1], match[2] or ""
 

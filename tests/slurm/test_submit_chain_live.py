@@ -52,7 +52,19 @@ mem = "2G"
 [evaluate]
 cpus_per_task = 1
 mem = "2G"
+seeds = 2
+[[evaluate.tasks]]
+name = "colour"
+train = "a task.jsonl"
+test = "a task.jsonl"
+epochs = 1
+max_length = 16
 """
+TASK = "".join(
+    json.dumps({"text": f"{word} {n}", "label": word}) + "\n"
+    for n in range(4)
+    for word in ("red", "blue")
+)
 
 
 @pytest.fixture
@@ -67,6 +79,7 @@ def workplace(cluster, corpus, tiny_run, deepspeed_json, tmp_path):
     (folder / "ds.json").write_text(deepspeed_json().read_text())
     (folder / "setup.sh").write_text("export FROM_SETUP=$UNSET\n")
     (folder / "site.env").write_text("SBATCH_PARTITION=batch\nDEBERTA_SETUP=setup.sh\n")
+    (folder / "a task.jsonl").write_text(TASK)
     (folder / "recipe.toml").write_text(RECIPE)
 
     def deberta(*words):
@@ -107,15 +120,17 @@ def test_text_becomes_a_model_by_one_command(cluster, workplace, outcome):
     assert again.returncode == 2
     assert "--resubmit submits the stages that are neither done nor in the queue" in again.stderr
 
-    tasks = [f"{ids['prep']}_{task}" for task in range(4)]
-    for job_id in (ids["tokenizer"], *tasks, *(ids[stage] for stage in stages[2:])):
+    shares = [f"{ids['prep']}_{task}" for task in range(4)]
+    scores = [f"{ids['evaluate']}_{task}" for task in range(3)]
+    alone = [ids[stage] for stage in stages[2:5]]
+    for job_id in (ids["tokenizer"], *shares, *alone, *scores):
         job = cluster.wait(job_id, timeout_seconds=TIMEOUT_SECONDS)
         assert job["JobState"] == "COMPLETED", f"{job}\n{logs(run)}"
 
     status = json.loads(workplace("status", str(run), "--json").stdout)
     assert status["queue"] == "asked"
     assert [job["states"] for job in status["jobs"]] == [
-        {"COMPLETED": 4 if stage == "prep" else 1} for stage in stages
+        {"COMPLETED": {"prep": 4, "evaluate": 3}.get(stage, 1)} for stage in stages
     ]
     assert (status["training"]["status"], status["training"]["step"]) == ("done", 6)
     assert "step: 6 of 6 (100.0%), committed 6" in workplace("status", str(run)).stdout
@@ -126,6 +141,9 @@ def test_text_becomes_a_model_by_one_command(cluster, workplace, outcome):
     assert model.config.vocab_size == 700
     figures = json.loads((run / "evaluation/heldout.json").read_text())["heldout"]["figures"]
     assert figures["eval/mlm_loss"] > 0
+    for seed in range(2):
+        scored = json.loads((run / f"evaluation/colour-{seed}.json").read_text())["finetune"]
+        assert {each["seed"] for each in scored["runs"]} == {seed}
     starts = (run / "restarts.jsonl").read_text().splitlines()
     assert [json.loads(line)["world_size"] for line in starts] == [2]
     assert not (folder / "HIT").exists()
