@@ -79,10 +79,6 @@ Time = Annotated[str, AfterValidator(_time)]
 Name = Annotated[
     str, _matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "use letters, digits and . _ - alone")
 ]
-RunPath = Annotated[
-    Text,
-    _matching(r"[^%\\]*", "SLURM reads % and \\ in paths in its own way; choose another folder"),
-]
 Memory = Annotated[str, _matching(r"\d+[KMGT]?", "write a number with K, M, G or T")]
 SbatchOption = Annotated[str, AfterValidator(_sbatch_option)]
 Variable = Annotated[
@@ -126,7 +122,7 @@ class SiteSection(Placement):
 class RunSection(Strict):
     """[run]: the folder of the chain."""
 
-    folder: RunPath
+    folder: Text
     """Run folder: scripts, logs, checkpoints; outputs of other stages where they name none."""
     name: Name | None = None
     """Begins the names of the jobs; the folder's own name where not given."""

@@ -134,15 +134,20 @@ def _variables(file: Path | None, environment: Mapping[str, str]) -> dict[str, s
     name = "" if file is None else str(file)
     if file is not None and not file.is_file():
         raise UserError(f"site.file {file}: no such file")
-    done = subprocess.run(
-        ["bash", "--norc", "--noprofile", "-c", program, "site", name],
-        env=dict(environment),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=_TIMEOUT_SECONDS,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            ["bash", "--norc", "--noprofile", "-c", program, "site", name],
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{file}: bash has not read it within {_TIMEOUT_SECONDS} s; let it set variables alone"
+        ) from None
     if done.returncode != 0:
         raise UserError(f"{file}: bash cannot read it: {done.stderr.strip()}")
     pairs = (entry.partition("=") for entry in done.stdout.split("\0") if entry)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import UserError
 from data_prep.manifest import is_complete
 from pipeline.submit.recipe import (
     EvaluateSection,
@@ -58,8 +59,16 @@ class Layout:
 
         Returns:
             The layout.
+
+        Raises:
+            UserError: The run's path holds what SLURM reads in its own way in names of logs.
         """
         run = work / recipe.run.folder
+        if bad := {*"%\\"} & {*str(run)}:
+            raise UserError(
+                f"run.folder {run}: SLURM reads {' and '.join(sorted(bad))} in names of logs "
+                "in its own way; submit from another folder, or name another run.folder"
+            )
 
         def place(given: str | None, default: str) -> Path:
             return run / default if given is None else work / given

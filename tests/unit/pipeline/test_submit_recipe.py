@@ -66,7 +66,6 @@ def test_all_problems_are_told_at_once_with_the_nearest_name(tmp_path):
     ("change", "message"),
     [
         ('folder = "runs/a\\nb"', "line breaks are not allowed"),
-        ('folder = "runs/%j"', "SLURM reads % and \\ in paths in its own way"),
         ('folder = ""', "give a text, or leave the key out"),
         ('folder = "r"\nname = "a b"', "use letters, digits and . _ - alone"),
     ],

@@ -5,6 +5,7 @@ import subprocess
 import pytest
 
 from data_prep.errors import UserError
+from pipeline.submit import site_file
 from pipeline.submit.recipe import SiteSection, load_recipe
 from pipeline.submit.rendering import PlainScript, render
 from pipeline.submit.site_file import read_site, scripts_folder
@@ -171,6 +172,20 @@ def test_a_stage_may_say_where_it_runs(plan):
     assert (options["exclusive"], options["licenses"]) == (None, "a:1")
     assert (options["nodes"], options["ntasks-per-node"]) == ("2", "2")
     assert "gpus-per-node" not in options
+
+
+@pytest.mark.parametrize("name", ["runs/%j", "a\\b"])
+def test_a_path_that_slurm_would_change_is_refused(tmp_path, name):
+    text = RECIPE.replace('"runs/mine"', f"'{name}'")
+    with pytest.raises(UserError, match=r"run\.folder .*: SLURM reads .* in names of logs"):
+        Layout.of(load_recipe(write_recipe(tmp_path, text)), tmp_path)
+
+
+def test_a_site_file_that_never_ends_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(site_file, "_TIMEOUT_SECONDS", 0.2)
+    (tmp_path / "slow.env").write_text("sleep 60\n")
+    with pytest.raises(UserError, match=r"slow\.env: bash has not read it within 0\.2 s"):
+        read_site(SiteSection(file=str(tmp_path / "slow.env")), {"PATH": "/usr/bin:/bin"})
 
 
 def test_a_site_file_that_bash_cannot_read_is_told(tmp_path):
