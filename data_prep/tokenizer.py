@@ -205,6 +205,33 @@ class Tokenizer:
                 text.encode("utf-8")
             raise
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], npt.NDArray[np.int32]]:
+        """Encode one text and say of every piece which characters it stands for.
+
+        The space in front of a word belongs to its first piece. Pieces that make one character
+        together, as bytes do, are empty but for the last.
+
+        Args:
+            text: A text as for `encode`.
+
+        Returns:
+            The ids of `encode`, and int32 [n, 2]: begin and end of each in the text.
+
+        Raises:
+            UnicodeEncodeError: The text holds a lone surrogate.
+        """
+        from sentencepiece import sentencepiece_pb2
+
+        data = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        proto = sentencepiece_pb2.SentencePieceText.FromString(  # pyright: ignore[reportAttributeAccessIssue]
+            self._processor.encode(text, out_type="serialized_proto")
+        )
+        # Every byte but those that go on with a character begins one.
+        character_at = np.concatenate([[0], np.cumsum((data & 0xC0) != 0x80)])
+        ends = np.array([(piece.begin, piece.end) for piece in proto.pieces], dtype=np.int64)
+        offsets = character_at[ends.reshape(-1, 2)].astype(np.int32)
+        return [piece.id for piece in proto.pieces], offsets
+
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Turn ids back into text; special tokens and [MASK] leave no trace.
 

@@ -1,6 +1,7 @@
-"""`deberta evaluate`: held-out figures of a model, and fine-tuning on labelled files."""
+"""`deberta evaluate`: held-out figures, published tasks, and fine-tuning on own files."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,8 +10,7 @@ import typer
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.evaluate.finetune import FinetuneReport
-    from pipeline.evaluate.heldout_model import HeldoutReport
+    from rich.table import Table
 
 ModelArgument = Annotated[
     Path,
@@ -25,26 +25,59 @@ DatasetOption = Annotated[
 MaxSequencesOption = Annotated[
     int | None, typer.Option(min=1, help="Held-out sequences; as in training by default.")
 ]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(help="Fine-tune on published tasks: names or suites, divided by commas."),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(help="Folder with the tasks' files, `hub`, or a repository on the hub."),
+]
+ResultsOption = Annotated[
+    Path | None,
+    typer.Option(help="Keep finished runs of --task here; repeated, the command goes on there."),
+]
+PredictionsOption = Annotated[
+    Path | None, typer.Option(help="Write the test predictions of --task here, for submission.")
+]
+ShardOption = Annotated[
+    str, typer.Option(metavar="I/N", help="Train every N-th model of --task from the I-th, from 0.")
+]
 TrainOption = Annotated[
     Path | None,
     typer.Option(help="Fine-tune on this file: .jsonl .csv .tsv (classes), .conll (tags)."),
 ]
 TestOption = Annotated[Path | None, typer.Option(help="Score the fine-tuned models on this file.")]
-TaskOption = Annotated[
+KindOption = Annotated[
     Literal["classification", "tagging"] | None,
-    typer.Option(help="Kind of the files; by their suffix by default."),
+    typer.Option(help="Kind of --train and --test; by their suffix by default."),
+]
+RandomStartOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--random-start/--no-random-start",
+        help="Also train from random weights; by default for --train, not for --task.",
+    ),
 ]
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; a GPU if there is one.")
 ]
+EpochsOption = Annotated[
+    int | None, typer.Option(help="Passes over the training data; 5, or the recipe's of --task.")
+]
 LearningRateOption = Annotated[
-    float | None, typer.Option(help="Peak; 0.2 / (layers x hidden size) by default.")
+    float | None,
+    typer.Option(help="Peak; 0.2 / (layers x hidden size), or the recipe's of --task."),
 ]
 MaxTrainOption = Annotated[
     int | None, typer.Option(help="Use so many training examples, evenly spaced.")
 ]
 BatchSizeOption = Annotated[
-    int | None, typer.Option(min=1, help="Sequences in a pass; 16 to fine-tune, else training's.")
+    int | None,
+    typer.Option(min=1, help="Sequences in a pass; 16 or the recipe's to fine-tune."),
+]
+MaxLengthOption = Annotated[
+    int | None, typer.Option(help="Longest sequence in tokens; 128, or the recipe's of --task.")
 ]
 
 
@@ -52,103 +85,177 @@ def evaluate_command(
     model: ModelArgument,
     dataset: DatasetOption = None,
     max_sequences: MaxSequencesOption = None,
+    task: TaskOption = None,
+    data: DataOption = None,
+    results: ResultsOption = None,
+    predictions: PredictionsOption = None,
+    shard: ShardOption = "0/1",
     train: TrainOption = None,
     test: TestOption = None,
-    task: TaskOption = None,
+    kind: KindOption = None,
     text_column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
     text_pair_column: Annotated[
         str | None, typer.Option(help="Column of a second text, if there is one.")
     ] = None,
     label_column: Annotated[str, typer.Option(help="Column of the class.")] = "label",
     seeds: Annotated[int, typer.Option(help="Models to train from each start.")] = 3,
-    first_seed: Annotated[int, typer.Option(help="Seed of the first of them.")] = 0,
-    epochs: Annotated[int, typer.Option(help="Passes over the training file.")] = 5,
+    random_start: RandomStartOption = None,
+    epochs: EpochsOption = None,
     learning_rate: LearningRateOption = None,
     batch_size: BatchSizeOption = None,
-    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
+    max_length: MaxLengthOption = None,
     max_train: MaxTrainOption = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Fine-tune in bf16 autocast.")] = False,
     device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure a model: held-out figures (--dataset), fine-tuning (--train and --test), or both.
+    """Measure a model: held-out figures, published tasks, own files, or several of them.
 
-    Fine-tuning trains every seed from the pre-trained weights and from random ones, and adds
-    trivial baselines. Nothing is chosen on the test file.
+    Published tasks (--task, --data) are fine-tuned by DeBERTa's recipes. Own files (--train,
+    --test) train every seed from the pre-trained weights and from random ones, and add trivial
+    baselines. Nothing is chosen on the examples that are scored.
 
     Examples:
 
     deberta evaluate runs/base --dataset dataset
 
+    deberta evaluate exports/base --task glue --data glue_data --seeds 3 --results scores
+
     deberta evaluate exports/base --train train.conll --test test.conll --seeds 3
     """
-    if (train is None) != (test is None):
+    given = dict(locals())
+    _check(given)
+    report = _Report()
+    if dataset is not None:
+        _measure_heldout(report, given)
+    if task is not None:
+        _fine_tune_tasks(report, given)
+    if train is not None:
+        _fine_tune_files(report, given)
+    report.show(output, as_json)
+
+
+class _Report:
+    """What was measured, as values and as tables."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.tables: list[Table] = []
+
+    def show(self, output: Path | None, as_json: bool) -> None:
+        """Print tables or JSON, and write JSON."""
+        from rich.console import Console
+
+        text = json.dumps(self.values, indent=2)
+        if output is not None:
+            output.write_text(text + "\n", encoding="utf-8")
+        if as_json:
+            typer.echo(text)
+        else:
+            console = Console()
+            for table in self.tables:
+                console.print(table)
+
+
+def _check(given: dict[str, Any]) -> None:
+    """Refuse options that do not fit together."""
+    if (given["train"] is None) != (given["test"] is None):
         raise UserError("--train and --test go together: give both files")
-    if dataset is None and train is None:
+    if (given["task"] is None) != (given["data"] is None):
+        raise UserError("--task and --data go together: name tasks, and where their data are")
+    if given["dataset"] is None and given["train"] is None and given["task"] is None:
         raise UserError(
-            "nothing to measure: give --dataset DATASET for held-out figures, or --train FILE and "
-            "--test FILE to fine-tune"
+            "nothing to measure: give --dataset DATASET for held-out figures, --task NAME and "
+            "--data FOLDER for published tasks, or --train FILE and --test FILE to fine-tune"
         )
+    output = given["output"]
     if output is not None and not output.resolve().parent.is_dir():
         raise UserError(f"--output {output}: {output.resolve().parent} is no folder; make it first")
-    from pipeline.evaluate.finetune import FinetuneOptions, finetune  # costs seconds to import
-    from pipeline.evaluate.heldout_model import evaluate_heldout_model
+
+
+def _say(line: str) -> None:
+    """Tell of progress where it does not mix with results."""
+    typer.echo(line, err=True)
+
+
+def _starts(given: dict[str, Any], by_default: bool) -> tuple[str, ...]:
+    """What to begin from."""
+    asked = by_default if given["random_start"] is None else given["random_start"]
+    return ("pretrained", "random") if asked else ("pretrained",)
+
+
+def _measure_heldout(report: _Report, given: dict[str, Any]) -> None:
+    """Measure on a held-out split."""
+    from pipeline.evaluate.heldout_model import evaluate_heldout_model  # costs seconds to import
+    from pipeline.evaluate.report import heldout_table
+
+    names = ("max_sequences", "batch_size", "device")
+    options = {name: given[name] for name in names}
+    heldout = evaluate_heldout_model(given["model"], given["dataset"], **options)
+    report.values["heldout"] = heldout.to_dict()
+    report.tables.append(heldout_table(heldout))
+
+
+def _fine_tune_tasks(report: _Report, given: dict[str, Any]) -> None:
+    """Fine-tune on published tasks."""
+    from pipeline.evaluate.catalogue import find_tasks
+    from pipeline.evaluate.recipes import Overrides
+    from pipeline.evaluate.sources import DataSource
+    from pipeline.evaluate.suite import SuiteOptions, evaluate_tasks
+    from pipeline.evaluate.suite_report import suite_table
+
+    if (match := re.fullmatch(r"(\d+)/(\d+)", given["shard"])) is None:
+        raise UserError(f"--shard {given['shard']}: give i/n with 0 <= i < n, for example 0/8")
+    specs = find_tasks(given["task"])
+    names = ("learning_rate", "epochs", "batch_size", "max_length")
+    options = SuiteOptions(
+        seeds=given["seeds"],
+        starts=_starts(given, by_default=False),
+        overrides=Overrides(**{name: given[name] for name in names}),
+        max_train=given["max_train"],
+        bf16=given["bf16"],
+        device=given["device"],
+        results=given["results"],
+        predictions=given["predictions"],
+        shard=(int(match[1]), int(match[2])),
+    )
+    source = DataSource(given["data"], is_for_one_task=len(specs) == 1)
+    found = evaluate_tasks(
+        given["model"], specs, source, options, dataset=given["dataset"], say=_say
+    )
+    if found is not None:
+        report.values["tasks"] = found.to_dict()
+        report.tables.append(suite_table(found))
+
+
+def _fine_tune_files(report: _Report, given: dict[str, Any]) -> None:
+    """Fine-tune on own files."""
+    from pipeline.evaluate.finetune import FinetuneOptions, finetune
     from pipeline.evaluate.labelled import Columns
+    from pipeline.evaluate.report import finetune_table
 
-    heldout = finetuned = None
-    if dataset is not None:
-        heldout = evaluate_heldout_model(
-            model, dataset, max_sequences=max_sequences, batch_size=batch_size, device=device
-        )
-    if train is not None and test is not None:
-        options = FinetuneOptions(
-            seeds,
-            epochs,
-            learning_rate,
-            batch_size or 16,
-            max_length,
-            max_train,
-            device,
-            first_seed=first_seed,
-        )
-        finetuned = finetune(
-            model,
-            train,
-            test,
-            options=options,
-            columns=Columns(text_column, label_column, text_pair_column),
-            task=task,
-            dataset=dataset,
-            say=lambda line: typer.echo(line, err=True),
-        )
-    _show(heldout, finetuned, output, as_json)
-
-
-def _show(
-    heldout: "HeldoutReport | None",
-    finetuned: "FinetuneReport | None",
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    """Print tables or JSON, and write JSON."""
-    from rich.console import Console
-
-    from pipeline.evaluate.report import finetune_table, heldout_table
-
-    values: dict[str, Any] = {}
-    tables = []
-    if heldout is not None:
-        values["heldout"] = heldout.to_dict()
-        tables.append(heldout_table(heldout))
-    if finetuned is not None:
-        values["finetune"] = finetuned.to_dict()
-        tables.append(finetune_table(finetuned))
-    text = json.dumps(values, indent=2)
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
-    if as_json:
-        typer.echo(text)
-    else:
-        console = Console()
-        for table in tables:
-            console.print(table)
+    names = ("epochs", "batch_size", "max_length")
+    numbers = {name: given[name] for name in names if given[name] is not None}
+    options = FinetuneOptions(
+        seeds=given["seeds"],
+        learning_rate=given["learning_rate"],
+        max_train=given["max_train"],
+        device=given["device"],
+        starts=_starts(given, by_default=True),
+        bf16=given["bf16"],
+        **numbers,
+    )
+    columns = Columns(given["text_column"], given["label_column"], given["text_pair_column"])
+    finetuned = finetune(
+        given["model"],
+        given["train"],
+        given["test"],
+        options=options,
+        columns=columns,
+        kind=given["kind"],
+        dataset=given["dataset"],
+        say=_say,
+    )
+    report.values["finetune"] = finetuned.to_dict()
+    report.tables.append(finetune_table(finetuned))

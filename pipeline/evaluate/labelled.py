@@ -80,7 +80,7 @@ def task_kind(path: Path, asked: TaskKind | None) -> TaskKind:
     if kind is None:
         raise UserError(
             f"{path}: cannot tell the task from the suffix {path.suffix!r}; rename it to one of "
-            f"{' '.join(KIND_OF_SUFFIX)}, or give --task tagging for a CoNLL file"
+            f"{' '.join(KIND_OF_SUFFIX)}, or give --kind tagging for a CoNLL file"
         )
     return kind
 
@@ -98,7 +98,7 @@ def read_texts(path: Path, columns: Columns) -> list[LabelledText]:
     Raises:
         UserError: Something is wrong; the message names the line or column.
     """
-    readers = {".jsonl": _jsonl_records, ".csv": _csv_records, ".tsv": _csv_records}
+    readers = {".jsonl": jsonl_records, ".csv": csv_records, ".tsv": csv_records}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UserError(
@@ -146,7 +146,7 @@ def read_sentences(path: Path) -> list[TaggedSentence]:
         num_columns = num_columns or len(fields)
         if len(fields) < 2 or len(fields) != num_columns or not (fields[0] and fields[-1]):
             raise UserError(
-                f"{path}, line {number}: {_shown(line)} is no token and tag in "
+                f"{path}, line {number}: {shown(line)} is no token and tag in "
                 f"{max(2, num_columns)} columns divided by spaces or tabs"
             )
         pairs.append((fields[0], fields[-1]))
@@ -171,8 +171,18 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the objects of a .jsonl file with their lines."""
+def jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a .jsonl file with their lines.
+
+    Args:
+        path: The file.
+
+    Yields:
+        Line, from 1, and object.
+
+    Raises:
+        UserError: A line is no JSON object.
+    """
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -181,19 +191,33 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: {_shown(line)} is not a JSON object {{...}}")
+            raise UserError(f"{path}, line {number}: {shown(line)} is not a JSON object {{...}}")
         yield number, record
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows of a .csv or .tsv file with their lines."""
+def csv_records(
+    path: Path, columns: Sequence[str] = (), *, skips_ragged: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a .csv or .tsv file with their lines.
+
+    Args:
+        path: The file.
+        columns: Names of the columns of a file without a header.
+        skips_ragged: Leave rows with another number of fields out, instead of refusing the file.
+
+    Yields:
+        Line, from 1, and values by column.
+
+    Raises:
+        UserError: A row does not fit the header.
+    """
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     lines = (line + "\n" for line in _lines(path))
     if path.suffix.lower() == ".csv":
         rows = csv.reader(lines, strict=True)
     else:
         rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    header: Sequence[str] | None = None
+    header: Sequence[str] | None = columns or None
     first = 1
     try:
         for row in rows:
@@ -205,6 +229,8 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if len(set(header)) != len(header):
                     raise UserError(f"{path}, line {line}: a column is named twice: {header}")
             elif len(row) != len(header):
+                if skips_ragged:
+                    continue
                 raise UserError(
                     f"{path}, line {line}: {len(row)} fields, but the header has {len(header)}: "
                     f"{', '.join(header)}"
@@ -220,7 +246,7 @@ def _text(path: Path, line: int, record: dict[str, Any], column: str) -> str:
     value = _value(path, line, record, column)
     # JSON can spell halves of characters, which no text has.
     if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):
-        raise UserError(f"{path}, line {line}: {column} is {_shown(value)}, which is no text")
+        raise UserError(f"{path}, line {line}: {column} is {shown(value)}, which is no text")
     return value
 
 
@@ -233,7 +259,7 @@ def _label(path: Path, line: int, record: dict[str, Any], column: str) -> str:
         return str(value)
     if not isinstance(value, str) or not value.strip():
         raise UserError(
-            f"{path}, line {line}: {column} is {_shown(value)}; a label is a text or an integer"
+            f"{path}, line {line}: {column} is {shown(value)}; a label is a text or an integer"
         )
     return value.strip()
 
@@ -247,7 +273,14 @@ def _value(path: Path, line: int, record: dict[str, Any], column: str) -> Any:
     return record[column]
 
 
-def _shown(value: Any) -> str:
-    """Quote something for a message, in ASCII and not too long."""
+def shown(value: Any) -> str:
+    """Quote something for a message.
+
+    Args:
+        value: What a file holds.
+
+    Returns:
+        Its form in Python, in ASCII and not too long.
+    """
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."

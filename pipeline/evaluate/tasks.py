@@ -1,8 +1,8 @@
-"""A labelled task as a model sees it: token ids with labels, scores, and trivial baselines.
+"""A labelled task of two own files, as a model sees it, with scores and trivial baselines.
 
     read_task      files -> TaskFiles, checked before a model is loaded
     build_task     TaskFiles -> Task, tokenized with the model's own spm.model
-    Task.score     predictions -> accuracy, macro-F1, and span-F1 where the tags are BIO
+    Task.score     predictions -> the figures of the kind
     Task.baselines what can be had without a pre-trained model
 
 Classification puts one label on a sequence, [CLS] text [SEP] or [CLS] text [SEP] pair [SEP].
@@ -10,71 +10,25 @@ Tagging puts a word's tag on its first piece; a long sentence is cut between wor
 word is predicted.
 """
 
-import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
-from pipeline.evaluate.labelled import (
-    Columns,
-    LabelledText,
-    TaggedSentence,
-    TaskKind,
-    read_sentences,
-    read_texts,
-)
-from pipeline.evaluate.spans import are_bio_tags, span_f1
+from pipeline.evaluate.examples import TaggedExample, TextExample
+from pipeline.evaluate.features import Feature
+from pipeline.evaluate.figures import FIGURES
+from pipeline.evaluate.kind import Limits
+from pipeline.evaluate.kinds import find_kind
+from pipeline.evaluate.labelled import Columns, TaskKind, read_sentences, read_texts
+from pipeline.evaluate.spans import are_bio_tags
 
-IGNORED = -100
 Scores = dict[str, float]
 ExampleT = TypeVar("ExampleT")
-
-
-@dataclass(frozen=True)
-class Feature:
-    """One input sequence."""
-
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    """Classification: one label. Tagging: one a token, IGNORED but on first pieces."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A labelled task, ready to train on."""
-
-    kind: TaskKind
-    labels: tuple[str, ...]
-    """Label of each number: those of the training file, sorted."""
-    train: tuple[Feature, ...]
-    test: tuple[Feature, ...]
-    test_sentence_lengths: tuple[int, ...]
-    """Words of each test sentence, which may be several features; empty without BIO tags."""
-    num_truncated: int
-    """Texts (classification) or words (tagging) that lost their end to the maximal length."""
-    baselines: dict[str, Scores]
-
-    def score(self, predictions: Sequence[int]) -> Scores:
-        """Compare predictions with the test labels.
-
-        Args:
-            predictions: A label number for every label of `test`, in order.
-
-        Returns:
-            Shares in [0, 1] by name.
-        """
-        gold = [label for f in self.test for label in f.labels if label != IGNORED]
-        names = self.labels
-        return _scores(
-            [names[label] for label in gold],
-            [names[label] for label in predictions],
-            self.test_sentence_lengths,
-        )
 
 
 @dataclass(frozen=True)
@@ -82,11 +36,55 @@ class TaskFiles:
     """Both files of a task, read and compared, not yet tokenized."""
 
     kind: TaskKind
-    numbers: dict[str, int]
-    """Label -> number."""
+    labels: tuple[str, ...]
+    """Label of each number: those of the training file, sorted."""
     train: Sequence[Any]
-    """LabelledText or TaggedSentence, by kind."""
+    """Examples of the kind."""
     test: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A labelled task, ready to train on."""
+
+    files: TaskFiles
+    train: tuple[Feature, ...]
+    test: tuple[Feature, ...]
+    num_truncated: int
+    """Texts (classification) or words (tagging) that lost their end to the maximal length."""
+    baselines: dict[str, Scores]
+
+    def score(self, predictions: Sequence[Any]) -> Scores:
+        """Compare predictions with the test labels.
+
+        Args:
+            predictions: Of every test example: the number of a class, or the tags of a sentence.
+
+        Returns:
+            Shares in [0, 1] by name.
+        """
+        return score_files(self.files, predictions)
+
+
+def score_files(files: TaskFiles, predictions: Sequence[Any]) -> Scores:
+    """Compare predictions with the labels of a test file.
+
+    Args:
+        files: What was read.
+        predictions: Of every test example, as the kind predicts.
+
+    Returns:
+        Figures by name; F1 of the spans where the tags are BIO.
+    """
+    names = {"accuracy": "accuracy", "macro_f1": "macro_f1"}
+    if files.kind == "tagging":
+        names = {"accuracy": "tag_accuracy", "macro_f1": "tag_macro_f1"}
+        if are_bio_tags(files.labels):
+            names["span_f1"] = "span_f1"
+    return {
+        name: FIGURES[key].value(FIGURES[key].rows(files.test, predictions))
+        for name, key in names.items()
+    }
 
 
 def read_task(
@@ -111,8 +109,13 @@ def read_task(
         texts, others = read_texts(train, columns), read_texts(test, columns)
         labels = {example.label for example in texts}
         lines = {example.label: example.line for example in reversed(others)}
-        numbers = _number_labels(train, test, labels, lines)
-        return TaskFiles(kind, numbers, _thinned(texts, max_train), others)
+        names = _sorted_labels(train, test, labels, lines)
+        numbers = {name: number for number, name in enumerate(names)}
+        parts = [
+            [TextExample(e.line, e.text, e.text_pair, numbers[e.label]) for e in part]
+            for part in (_thinned(texts, max_train), others)
+        ]
+        return TaskFiles(kind, names, *parts)
     sentences, other_sentences = read_sentences(train), read_sentences(test)
     labels = {tag for sentence in sentences for tag in sentence.tags}
     lines = {
@@ -120,8 +123,11 @@ def read_task(
         for sentence in reversed(other_sentences)
         for place, tag in reversed(list(enumerate(sentence.tags)))
     }
-    numbers = _number_labels(train, test, labels, lines)
-    return TaskFiles(kind, numbers, _thinned(sentences, max_train), other_sentences)
+    parts = [
+        [TaggedExample(s.line, s.words, s.tags) for s in part]
+        for part in (_thinned(sentences, max_train), other_sentences)
+    ]
+    return TaskFiles(kind, _sorted_labels(train, test, labels, lines), *parts)
 
 
 def build_task(files: TaskFiles, tokenizer: Tokenizer, max_length: int) -> Task:
@@ -135,8 +141,15 @@ def build_task(files: TaskFiles, tokenizer: Tokenizer, max_length: int) -> Task:
     Returns:
         The task.
     """
-    build = _classification if files.kind == "classification" else _tagging
-    return build(files, tokenizer, max_length)
+    kind, _ = find_kind(files.kind, files.labels)
+    limits = Limits(max_length)
+    train, test = (
+        tuple(kind.features(part, tokenizer, limits)) for part in (files.train, files.test)
+    )
+    num_truncated = sum(feature.num_cut for feature in (*train, *test))
+    guesses = _tag_guesses(files) if files.kind == "tagging" else _class_guesses(files)
+    baselines = {name: score_files(files, guess) for name, guess in guesses.items()}
+    return Task(files, train, test, num_truncated, baselines)
 
 
 def _thinned(examples: list[ExampleT], max_train: int | None) -> list[ExampleT]:
@@ -146,10 +159,10 @@ def _thinned(examples: list[ExampleT], max_train: int | None) -> list[ExampleT]:
     return [examples[i * len(examples) // max_train] for i in range(max_train)]
 
 
-def _number_labels(
+def _sorted_labels(
     train: Path, test: Path, labels: set[str], test_lines: dict[str, int]
-) -> dict[str, int]:
-    """Number the labels of the training file; refuse others in the test file."""
+) -> tuple[str, ...]:
+    """Sort the labels of the training file; refuse others in the test file."""
     if len(labels) < 2:
         raise UserError(
             f"{train}: every example has the label {min(labels)!r}; there is nothing to learn"
@@ -162,48 +175,19 @@ def _number_labels(
             f"{', '.join(sorted(labels)[:20])}{' ...' if len(labels) > 20 else ''}"
         )
     numeric = all(re.fullmatch(r"-?[0-9]+", label) for label in labels)
-    ordered = sorted(labels, key=int) if numeric else sorted(labels)
-    return {label: number for number, label in enumerate(ordered)}
+    return tuple(sorted(labels, key=int) if numeric else sorted(labels))
 
 
-def _classification(files: TaskFiles, tokenizer: Tokenizer, max_length: int) -> Task:
-    """Tokenize texts or pairs of texts."""
-    num_truncated = 0
-
-    def features(examples: Sequence[LabelledText]) -> Iterator[Feature]:
-        nonlocal num_truncated
-        for example in examples:
-            ids, is_cut = _sequence(tokenizer, example, max_length)
-            num_truncated += is_cut
-            yield Feature(ids, (files.numbers[example.label],))
-
-    train, test = tuple(features(files.train)), tuple(features(files.test))
+def _class_guesses(files: TaskFiles) -> dict[str, list[int]]:
+    """Predict classes without a pre-trained model."""
     majority = Counter(e.label for e in files.train).most_common(1)[0][0]
-    gold = [e.label for e in files.test]
-    baselines = {
-        "majority class": _scores(gold, [majority] * len(gold), ()),
-        "TF-IDF + logistic regression": _scores(gold, _tfidf(files.train, files.test), ()),
+    return {
+        "majority class": [majority] * len(files.test),
+        "TF-IDF + logistic regression": _tfidf(files.train, files.test),
     }
-    return Task("classification", tuple(files.numbers), train, test, (), num_truncated, baselines)
 
 
-def _sequence(
-    tokenizer: Tokenizer, example: LabelledText, max_length: int
-) -> tuple[tuple[int, ...], bool]:
-    """Build one input; the longer text of a pair loses its end first."""
-    first = tokenizer.encode(example.text)
-    if example.text_pair is None:
-        room = max_length - 2
-        return (tokenizer.cls_id, *first[:room], tokenizer.sep_id), len(first) > room
-    second = tokenizer.encode(example.text_pair)
-    room = max_length - 3
-    is_cut = len(first) + len(second) > room
-    kept = min(len(first), max(room - len(second), (room + 1) // 2))
-    first, second = first[:kept], second[: room - kept]
-    return (tokenizer.cls_id, *first, tokenizer.sep_id, *second, tokenizer.sep_id), is_cut
-
-
-def _tfidf(train: Sequence[LabelledText], test: Sequence[LabelledText]) -> list[str]:
+def _tfidf(train: Sequence[Any], test: Sequence[Any]) -> list[int]:
     """Predict with a linear model over words and pairs of words."""
     labels = [e.label for e in train]
     if len(set(labels)) == 1:  # a small part of a file that is sorted by label
@@ -223,80 +207,16 @@ def _tfidf(train: Sequence[LabelledText], test: Sequence[LabelledText]) -> list[
     return list(model.predict(inputs[1]))
 
 
-def _tagging(files: TaskFiles, tokenizer: Tokenizer, max_length: int) -> Task:
-    """Tokenize sentences word by word."""
-    room = max_length - 2
-    num_truncated = 0
-
-    def features(sentences: Sequence[TaggedSentence]) -> Iterator[Feature]:
-        nonlocal num_truncated
-        for sentence in sentences:
-            # An empty piece list (a word of zero-width characters) must not lose its tag.
-            pieces = [ids or [tokenizer.unk_id] for ids in tokenizer.encode_batch(sentence.words)]
-            num_truncated += sum(len(ids) > room for ids in pieces)
-            labels = [files.numbers[tag] for tag in sentence.tags]
-            yield from _windows(tokenizer, pieces, labels, room)
-
-    train, test = tuple(features(files.train)), tuple(features(files.test))
-    gold = [tag for sentence in files.test for tag in sentence.tags]
-    marks_spans = are_bio_tags(files.numbers)
-    lengths = tuple(len(s.words) for s in files.test) if marks_spans else ()
-    guesses = _most_frequent_tags(files.train, files.test)
-    baselines = {"most frequent tag of the word": _scores(gold, guesses, lengths)}
-    return Task("tagging", tuple(files.numbers), train, test, lengths, num_truncated, baselines)
-
-
-def _windows(
-    tokenizer: Tokenizer, pieces: Sequence[list[int]], labels: Sequence[int], room: int
-) -> Iterator[Feature]:
-    """Cut a sentence between words into sequences that fit."""
-    ids: list[int] = []
-    targets: list[int] = []
-    for word, label in zip(pieces, labels, strict=True):
-        word = word[:room]
-        if len(ids) + len(word) > room:
-            yield _framed(tokenizer, ids, targets)
-            ids, targets = [], []
-        ids += word
-        targets += [label] + [IGNORED] * (len(word) - 1)
-    yield _framed(tokenizer, ids, targets)
-
-
-def _framed(tokenizer: Tokenizer, ids: list[int], targets: list[int]) -> Feature:
-    return Feature((tokenizer.cls_id, *ids, tokenizer.sep_id), (IGNORED, *targets, IGNORED))
-
-
-def _most_frequent_tags(
-    train: Sequence[TaggedSentence], test: Sequence[TaggedSentence]
-) -> list[str]:
+def _tag_guesses(files: TaskFiles) -> dict[str, list[list[str]]]:
     """Predict each word's most frequent tag, and for a new word the most frequent of all."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
-    for sentence in train:
-        for word, tag in zip(sentence.words, sentence.tags, strict=True):
+    for sentence in files.train:
+        for word, tag in zip(sentence.words, sentence.tag_names, strict=True):
             counts[word][tag] += 1
             overall[tag] += 1
-    return [
-        counts.get(word, overall).most_common(1)[0][0]
-        for sentence in test
-        for word in sentence.words
+    guesses = [
+        [counts.get(word, overall).most_common(1)[0][0] for word in sentence.words]
+        for sentence in files.test
     ]
-
-
-def _scores(gold: Sequence[str], predicted: Sequence[str], lengths: Sequence[int]) -> Scores:
-    """Compute the figures of a task; those of spans where sentence lengths are given."""
-    from sklearn.metrics import accuracy_score, f1_score  # costs a second to import
-
-    scores = {
-        "accuracy": float(accuracy_score(gold, predicted)),
-        "macro_f1": float(f1_score(gold, predicted, average="macro")),
-    }
-    if lengths:
-        scores["span_f1"] = span_f1(_divided(gold, lengths), _divided(predicted, lengths))
-    return scores
-
-
-def _divided(tags: Sequence[str], lengths: Sequence[int]) -> list[Sequence[str]]:
-    """Give every sentence its tags."""
-    ends = list(itertools.accumulate(lengths, initial=0))
-    return [tags[start:end] for start, end in itertools.pairwise(ends)]
+    return {"most frequent tag of the word": guesses}

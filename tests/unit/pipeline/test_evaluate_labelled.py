@@ -113,7 +113,7 @@ def test_task_by_suffix(tmp_path):
     assert task_kind(tmp_path / "a.JSONL", None) == "classification"
     assert task_kind(tmp_path / "a.iob2", None) == "tagging"
     assert task_kind(tmp_path / "a.tsv", "tagging") == "tagging"
-    with pytest.raises(UserError, match=r"a.txt: cannot tell the task .* give --task tagging"):
+    with pytest.raises(UserError, match=r"a.txt: cannot tell the task .* give --kind tagging"):
         task_kind(tmp_path / "a.txt", None)
 
 

@@ -176,15 +176,12 @@ def test_finetuning_learns_and_repeats_itself(exported, classes):
     assert torch.equal(torch.get_rng_state(), random_state), "the caller's numbers are left alone"
 
 
-def test_starts_differ_in_the_encoder_alone(exported, classes):
-    from pipeline.evaluate.finetune import _build_model
-    from pipeline.evaluate.labelled import Columns
-    from pipeline.evaluate.tasks import build_task, read_task
+def test_starts_differ_in_the_encoder_alone(exported):
+    from pipeline.evaluate.heads import build_model
 
-    files = read_task("classification", *classes, Columns(), None)
-    task = build_task(files, Tokenizer.load(exported.folder / "discriminator"), 16)
+    head = "AutoModelForSequenceClassification"
     models = {
-        start: _build_model(exported.folder / "discriminator", start, task)
+        start: build_model(exported.folder / "discriminator", start, head, 2)
         for start in ("pretrained", "random")
     }
     shapes = [{name: p.shape for name, p in model.named_parameters()} for model in models.values()]

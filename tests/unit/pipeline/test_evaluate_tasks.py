@@ -7,7 +7,8 @@ from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
 from pipeline.evaluate.labelled import Columns
 from pipeline.evaluate.spans import are_bio_tags, span_f1, spans
-from pipeline.evaluate.tasks import IGNORED, build_task, read_task
+from pipeline.evaluate.features import IGNORED
+from pipeline.evaluate.tasks import build_task, read_task
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,9 @@ def test_which_tags_mark_spans():
 
 def test_classification_features(task_of, tokenizer):
     task = task_of("text,label\nthe people,no\nAmerica,yes\n", "text,label\npeace,yes\n", ".csv")
-    assert task.labels == ("no", "yes")
+    assert task.files.labels == ("no", "yes")
     assert [f.labels for f in task.train] == [(0,), (1,)]
-    assert task.test[0].input_ids == (1, *tokenizer.encode("peace"), 2)
+    assert task.test[0].input_ids.tolist() == [1, *tokenizer.encode("peace"), 2]
     assert task.score([1]) == {"accuracy": 1.0, "macro_f1": 1.0}
     assert task.baselines["majority class"]["accuracy"] == 0.0
     assert task.num_truncated == 0
@@ -74,7 +75,7 @@ def test_classification_features(task_of, tokenizer):
 
 def test_integer_labels_are_sorted_as_numbers(task_of):
     rows = "text,label\nx,10\ny,9\nz,-1\n"
-    assert task_of(rows, rows, ".csv").labels == ("-1", "9", "10")
+    assert task_of(rows, rows, ".csv").files.labels == ("-1", "9", "10")
 
 
 def test_scores_are_those_of_the_labels(task_of):
@@ -93,9 +94,9 @@ def test_pairs_are_cut_at_the_longer_text(task_of, tokenizer):
     assert len(ids) + len(few) > 9 > len(few)
     assert task.num_truncated == 6
     room = 9 - len(few)
-    assert task.train[0].input_ids == (1, *ids[:room], 2, *few, 2)
-    assert task.train[1].input_ids == (1, *few, 2, *ids[:room], 2)
-    assert task.train[2].input_ids == (1, *ids[:5], 2, *ids[:4], 2)
+    assert task.train[0].input_ids.tolist() == [1, *ids[:room], 2, *few, 2]
+    assert task.train[1].input_ids.tolist() == [1, *few, 2, *ids[:room], 2]
+    assert task.train[2].input_ids.tolist() == [1, *ids[:5], 2, *ids[:4], 2]
 
 
 def test_linear_baseline_beats_the_majority(task_of):
@@ -124,9 +125,9 @@ def test_tags_are_on_first_pieces(task_of, tokenizer):
     assert tokenizer.encode(words[1]) == []
     expected_ids = [1, *first, tokenizer.unk_id, *tokenizer.encode(words[2]), 2]
     assert list(feature.input_ids) == expected_ids
-    tags = [task.labels[label] for label in feature.labels if label != IGNORED]
+    tags = [task.files.labels[label] for label in feature.labels if label != IGNORED]
     assert tags == ["JJ", "X", "NN"]
-    assert feature.labels[:2] == (IGNORED, task.labels.index("JJ"))
+    assert feature.labels[:2] == (IGNORED, task.files.labels.index("JJ"))
     assert set(feature.labels[2 : 1 + len(first)]) == {IGNORED}
 
 
@@ -137,10 +138,10 @@ def test_long_sentences_are_cut_between_words(task_of):
     task = task_of(text, text, ".conll", max_length=16)
     assert all(len(f.input_ids) <= 16 for f in task.test)
     labels = [label for f in task.test for label in f.labels if label != IGNORED]
-    assert [task.labels[label] for label in labels] == [*tags, "O"]
-    assert task.test_sentence_lengths == (40, 1)
-    assert task.score(labels) == {"accuracy": 1.0, "macro_f1": 1.0, "span_f1": 1.0}
-    assert task.score([task.labels.index("O")] * 41)["span_f1"] == 0.0
+    assert [task.files.labels[label] for label in labels] == [*tags, "O"]
+    assert [feature.example for feature in task.test] == [0] * (len(task.test) - 1) + [1]
+    assert task.score([tags, ["O"]]) == {"accuracy": 1.0, "macro_f1": 1.0, "span_f1": 1.0}
+    assert task.score([["O"] * 40, ["O"]])["span_f1"] == 0.0
 
 
 def test_most_frequent_tag_baseline(task_of):

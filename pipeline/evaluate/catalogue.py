@@ -1,0 +1,43 @@
+"""All published tasks, by name and by suite."""
+
+from difflib import get_close_matches
+
+from data_prep.errors import UserError
+from pipeline.evaluate.declaration import TaskSpec
+from pipeline.evaluate.glue import GLUE
+
+TASKS = {spec.name: spec for spec in GLUE}
+"""By name."""
+SUITES = {
+    suite: tuple(spec for spec in TASKS.values() if spec.suite == suite)
+    for suite in dict.fromkeys(spec.suite for spec in TASKS.values())
+}
+"""Tasks by suite."""
+
+
+def find_tasks(names: str) -> tuple[TaskSpec, ...]:
+    """Find the tasks that a user names.
+
+    Args:
+        names: Tasks and suites, divided by commas.
+
+    Returns:
+        The tasks, each once, in the order of the names.
+
+    Raises:
+        UserError: A name is unknown.
+    """
+    found: dict[str, TaskSpec] = {}
+    for name in names.split(","):
+        key = name.strip().lower()
+        specs = SUITES.get(key) or ((TASKS[key],) if key in TASKS else ())
+        if not specs:
+            known = [*SUITES, *TASKS]
+            close = get_close_matches(key, known, n=1)
+            raise UserError(
+                f"--task {name}: no such task{f'; did you mean {close[0]}?' if close else ''} "
+                f"Suites: {', '.join(SUITES)}. Tasks: {', '.join(TASKS)}. For own files give "
+                "--kind with --train and --test"
+            )
+        found |= {spec.name: spec for spec in specs}
+    return tuple(found.values())

@@ -1,0 +1,62 @@
+"""One fine-tuned model: its start, its seed, its training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.evaluate.features import Feature
+from pipeline.evaluate.heads import build_model
+from pipeline.evaluate.kind import Kind
+from pipeline.evaluate.training import TrainingPlan, train
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is put on the encoder."""
+
+    name: str
+    """As in `Kind.head`."""
+    num_outputs: int
+    dropout: float | None = None
+    """In front of its last layer; the model's own where None."""
+
+
+def fine_tune(
+    repository: Path,
+    start: str,
+    head: Head,
+    kind: Kind,
+    features: Sequence[Feature],
+    plan: TrainingPlan,
+    seed: int,
+    device: torch.device,
+) -> Any:
+    """Build and train one model; the caller's random numbers are left alone.
+
+    Args:
+        repository: Folder with config.json and weights.
+        start: "pretrained" or "random".
+        head: What to put on the encoder.
+        kind: The kind of task.
+        features: Training examples.
+        plan: How to train.
+        seed: Of the new weights, the order of the batches, and dropout.
+        device: Where to compute.
+
+    Returns:
+        The trained model.
+
+    Raises:
+        UserError: The repository cannot be loaded, or training diverged.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model = build_model(repository, start, head.name, head.num_outputs, head.dropout)
+        model.to(device)
+        # Drawn after the new weights, dropout would follow from how many there are.
+        torch.manual_seed(seed)
+        train(model, kind, features, plan, seed, device)
+    return model

@@ -1,0 +1,207 @@
+"""Kinds of tasks that predict tokens: tagging, and spans that answer a question.
+
+Letters: B examples, C tags, L sequence length.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from data_prep.tokenizer import Tokenizer
+from pipeline.evaluate.features import IGNORED, Batch, Feature, make_sequence
+from pipeline.evaluate.kind import Limits
+
+_BEST = 20
+"""Starts and ends that are combined, as in BERT's run_squad.py."""
+
+
+class Tagging:
+    """A tag of every word.
+
+    A word's tag is on its first piece; a long sentence is cut between words, so that every word is
+    predicted.
+    """
+
+    head = "AutoModelForTokenClassification"
+    label_dtype = torch.int64
+
+    def __init__(self, labels: Sequence[str]):
+        self._labels = tuple(labels)
+        self._numbers = {label: number for number, label in enumerate(self._labels)}
+
+    def features(
+        self, examples: Sequence[Any], tokenizer: Tokenizer, limits: Limits
+    ) -> list[Feature]:
+        """Tokenize sentences word by word."""
+        features = []
+        for number, example in enumerate(examples):
+            # An empty piece list (a word of zero-width characters) must not lose its tag.
+            pieces = [ids or [tokenizer.unk_id] for ids in tokenizer.encode_batch(example.words)]
+            names = example.tag_names
+            # Without public tags any number but IGNORED marks the pieces to predict.
+            labels = [self._numbers[n] for n in names] if names else [0] * len(pieces)
+            features += _sentence_features(tokenizer, pieces, labels, limits.max_length, number)
+        return features
+
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Give [B, L, C]."""
+        return model(batch.input_ids, attention_mask=batch.mask).logits
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Compute the cross-entropy of the words' first pieces."""
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED
+        )
+
+    def predictions(
+        self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]
+    ) -> list[list[str]]:
+        """Choose the best tag of every word."""
+        tags: list[list[str]] = [[] for _ in examples]
+        for output, feature in zip(outputs, features, strict=True):
+            places = [i for i, label in enumerate(feature.labels) if label != IGNORED]
+            tags[feature.example] += [self._labels[i] for i in output[places].argmax(-1)]
+        return tags
+
+
+def _sentence_features(
+    tokenizer: Tokenizer,
+    pieces: Sequence[list[int]],
+    labels: Sequence[int],
+    max_length: int,
+    example: int,
+) -> Iterator[Feature]:
+    """Cut a sentence between words into sequences that fit."""
+    room = max_length - 2
+    ids: list[int] = []
+    targets: list[int] = []
+    num_cut = 0
+
+    def framed() -> Feature:
+        labels = (IGNORED, *targets, IGNORED)
+        return Feature((make_sequence(tokenizer, ids),), labels, example, num_cut=num_cut)
+
+    for word, label in zip(pieces, labels, strict=True):
+        if len(ids) + min(len(word), room) > room:
+            yield framed()
+            ids, targets, num_cut = [], [], 0
+        num_cut += len(word) > room
+        ids += word[:room]
+        targets += [label] + [IGNORED] * (min(len(word), room) - 1)
+    yield framed()
+
+
+class Span:
+    """A part of a text that answers a question, or "" for none.
+
+    A long text becomes windows that overlap. [CLS] stands for "no answer here"; a window without
+    the answer is trained to point at it. By BERT's run_squad.py: the best of 20 starts and ends of
+    all windows, against the lowest score for no answer.
+    """
+
+    head = "AutoModelForQuestionAnswering"
+    label_dtype = torch.int64
+
+    def __init__(self, *, allows_no_answer: bool):
+        self._allows_no_answer = allows_no_answer
+        self._max_answer = Limits(0).max_answer
+
+    def features(
+        self, examples: Sequence[Any], tokenizer: Tokenizer, limits: Limits
+    ) -> list[Feature]:
+        """Tokenize questions with windows of their texts."""
+        features = []
+        for number, example in enumerate(examples):
+            # Short limits leave the text at least half of the sequence.
+            most = min(limits.max_question, (limits.max_length - 3) // 2)
+            question = tokenizer.encode(example.question)[:most]
+            ids, offsets = tokenizer.encode_with_offsets(example.context)
+            answer = _answer_tokens(example, offsets)
+            room = limits.max_length - 3 - len(question)
+            step = room - min(limits.stride, room // 2)
+            first = 0
+            while True:
+                end = min(first + room, len(ids))
+                features.append(
+                    _window(tokenizer, question, ids, offsets, (first, end), answer, number)
+                )
+                if end == len(ids):
+                    break
+                first += step
+        return features
+
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Give [B, 2, L]: of starts and of ends."""
+        output = model(batch.input_ids, attention_mask=batch.mask)
+        logits_B2L = torch.stack([output.start_logits, output.end_logits], dim=1)
+        lowest = torch.finfo(logits_B2L.dtype).min
+        return logits_B2L.masked_fill(batch.mask[:, None] == 0, lowest)
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Compute the average cross-entropy of starts and ends."""
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
+
+    def predictions(
+        self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]
+    ) -> list[str]:
+        """Choose the best span of all windows of each example."""
+        best = [(-np.inf, "")] * len(examples)
+        none = [np.inf] * len(examples)
+        for output, feature in zip(outputs, features, strict=True):
+            number = feature.example
+            none[number] = min(none[number], float(output[0, 0] + output[1, 0]))
+            score, begin, end = self._best_span(output, feature)
+            if score > best[number][0]:
+                best[number] = (score, examples[number].context[begin:end].strip())
+        return [
+            "" if self._allows_no_answer and absent > score else text
+            for (score, text), absent in zip(best, none, strict=True)
+        ]
+
+    def _best_span(self, output: np.ndarray, feature: Feature) -> tuple[float, int, int]:
+        """Find the best span of one window: score, first character, and the one behind it."""
+        assert feature.offsets is not None, "a window has offsets"
+        is_text = feature.offsets[:, 0] >= 0
+        starts, ends = output[:, : len(is_text)]
+        best = (-np.inf, 0, 0)
+        for start in np.argsort(-starts)[:_BEST]:
+            for end in np.argsort(-ends)[:_BEST]:
+                fits = is_text[start] and is_text[end] and 0 <= end - start < self._max_answer
+                score = float(starts[start] + ends[end])
+                if fits and score > best[0]:
+                    begin, stop = feature.offsets[start, 0], feature.offsets[end, 1]
+                    best = (score, int(begin), int(stop))
+        return best
+
+
+def _answer_tokens(example: Any, offsets: np.ndarray) -> tuple[int, int] | None:
+    """Find the first and the last token of the answer to train on."""
+    if example.start is None or not example.answers:
+        return None
+    stop = example.start + len(example.answers[0])
+    inside = np.flatnonzero((offsets[:, 1] > example.start) & (offsets[:, 0] < stop))
+    return (int(inside[0]), int(inside[-1])) if len(inside) else None
+
+
+def _window(
+    tokenizer: Tokenizer,
+    question: list[int],
+    ids: list[int],
+    offsets: np.ndarray,
+    window: tuple[int, int],
+    answer: tuple[int, int] | None,
+    example: int,
+) -> Feature:
+    """Build [CLS] question [SEP] part of the text [SEP]."""
+    first, end = window
+    shift = len(question) + 2 - first
+    labels = (0, 0)
+    if answer is not None and first <= answer[0] and answer[1] < end:
+        labels = (answer[0] + shift, answer[1] + shift)
+    sequence = make_sequence(tokenizer, question, ids[first:end])
+    places = np.full((len(sequence), 2), -1, dtype=np.int32)
+    places[len(question) + 2 : -1] = offsets[first:end]
+    return Feature((sequence,), labels, example, offsets=places)

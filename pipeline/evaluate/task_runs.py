@@ -1,0 +1,205 @@
+"""One fine-tuned model of a published task: trained, scored, its predictions written, kept.
+
+A finished run is two files, `TASK/START-seed-K.npz` (what its figures are made of) and then
+`TASK/START-seed-K.json` (the figures), so that a killed evaluation goes on behind the last finished
+run: a half-done one starts over, which costs at most one training.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from data_prep.errors import UserError
+from pipeline.evaluate.declaration import Recipe, TaskSpec
+from pipeline.evaluate.features import Feature
+from pipeline.evaluate.figures import FIGURES
+from pipeline.evaluate.fitting import Head, fine_tune
+from pipeline.evaluate.kind import Kind, Limits
+from pipeline.evaluate.submissions import FORMATS
+from pipeline.evaluate.training import TrainingPlan, outputs
+
+
+@dataclass(frozen=True)
+class RunName:
+    """Which model."""
+
+    task: str
+    start: str
+    """"pretrained" or "random"."""
+    seed: int
+
+    @property
+    def stem(self) -> str:
+        """Path of its files without the suffix."""
+        return f"{self.task}/{self.start}-seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Figures of one model."""
+
+    name: RunName
+    scores: Mapping[str, Mapping[str, float]]
+    """Part -> figure -> value."""
+    rows: Mapping[str, np.ndarray]
+    """"part:figure" -> rows, as in `figures`."""
+    counts: Mapping[str, int]
+    """Examples: "train", and each part."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Examples with their features."""
+
+    examples: Sequence[Any]
+    features: Sequence[Feature]
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task whose data are read and tokenized."""
+
+    spec: TaskSpec
+    kind: Kind
+    num_outputs: int
+    recipe: Recipe
+    train: Inputs
+    scored: Mapping[str, Inputs]
+    predicted: Mapping[str, Inputs]
+    """File of the submission -> its inputs."""
+
+    def limits(self) -> Limits:
+        """Give the length of the inputs."""
+        return Limits(self.recipe.max_length)
+
+
+def run_task(
+    repository: Path,
+    task: PreparedTask,
+    name: RunName,
+    *,
+    bf16: bool,
+    device: torch.device,
+    predictions: Path | None,
+) -> RunResult:
+    """Train one model, score it, and write its predictions.
+
+    Args:
+        repository: Folder with config.json and weights.
+        task: What to train on.
+        name: Start and seed.
+        bf16: Whether to compute in bf16.
+        device: Where to compute.
+        predictions: Folder for submissions; none are written where None.
+
+    Returns:
+        Its figures.
+
+    Raises:
+        UserError: Training diverged.
+    """
+    recipe = task.recipe
+    plan = TrainingPlan(
+        recipe.epochs, recipe.learning_rate, recipe.batch_size, recipe.warmup_steps, bf16
+    )
+    head = Head(task.kind.head, task.num_outputs, recipe.dropout)
+    model = fine_tune(
+        repository, name.start, head, task.kind, task.train.features, plan, name.seed, device
+    )
+
+    def predict(inputs: Inputs) -> list[Any]:
+        rows = outputs(model, task.kind, inputs.features, recipe.batch_size, device, bf16=bf16)
+        return task.kind.predictions(rows, inputs.features, inputs.examples)
+
+    rows: dict[str, np.ndarray] = {}
+    scores: dict[str, dict[str, float]] = {}
+    for part, inputs in task.scored.items():
+        found = predict(inputs)
+        for figure in task.spec.figures:
+            rows[f"{part}:{figure}"] = FIGURES[figure].rows(inputs.examples, found)
+        scores[part] = {f: FIGURES[f].value(rows[f"{part}:{f}"]) for f in task.spec.figures}
+    if predictions is not None:
+        for file, inputs in task.predicted.items():
+            text = FORMATS[task.spec.submission](task.spec, inputs.examples, predict(inputs))
+            path = predictions / f"{name.start}-seed-{name.seed}" / file
+            _write_whole(path, text.encode("utf-8"))
+    counts = {"train": len(task.train.examples)}
+    counts |= {part: len(inputs.examples) for part, inputs in task.scored.items()}
+    return RunResult(name, scores, rows, counts)
+
+
+def write_run(folder: Path, result: RunResult, settings: Mapping[str, Any]) -> None:
+    """Keep a finished run.
+
+    Args:
+        folder: Of all results.
+        result: The run.
+        settings: What it depends on; a run of other settings must not count.
+    """
+    path = folder / f"{result.name.stem}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    with partial.open("wb") as file:
+        arrays: dict[str, Any] = dict(result.rows)
+        np.savez_compressed(file, **arrays)
+    partial.replace(path)
+    values = {
+        "task": result.name.task,
+        "start": result.name.start,
+        "seed": result.name.seed,
+        "scores": result.scores,
+        "counts": result.counts,
+        "settings": settings,
+    }
+    # The mark that the run is finished is written last.
+    _write_whole(path.with_suffix(".json"), (json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_run(folder: Path, name: RunName, settings: Mapping[str, Any]) -> RunResult | None:
+    """Read a finished run.
+
+    Args:
+        folder: Of all results.
+        name: Which run.
+        settings: What it must have been made with.
+
+    Returns:
+        The run; None where it is not finished.
+
+    Raises:
+        UserError: It was made with other settings, or is damaged.
+    """
+    path = folder / f"{name.stem}.json"
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+            rows = {key: file[key] for key in file.files}
+        theirs = values["settings"]
+        result = RunResult(name, values["scores"], rows, values["counts"])
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); delete it, and the run is made again"
+        ) from error
+    ours = json.loads(json.dumps(settings))
+    if other := sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)):
+        shown = ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in other)
+        raise UserError(
+            f"{path} is of other settings: {shown}; give another --results, or delete the folder"
+        )
+    return result
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
