@@ -1,5 +1,6 @@
 """Tiny files in the published forms of the tasks, with labels that their texts tell."""
 
+import json
 import random
 
 NLI = ("entailment", "neutral", "contradiction")
@@ -92,4 +93,145 @@ def write_glue(folder, train=12, dev=12, test=5):
         write_table(folder / "STS-B" / f"{name}.tsv", header, rows)
     rows = [(i, text(0, i), "then") for i in range(test)]
     write_table(folder / "diagnostic" / "diagnostic.tsv", _PAIR, rows)
+    return folder
+
+
+def write_lines(path, objects):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(value) + "\n" for value in objects), encoding="utf-8")
+
+
+def _boolq(i, label):
+    return {"question": "is it so", "passage": text(label, i), "idx": i, "label": bool(label)}
+
+
+def _premise(labels):
+    def make(i, label):
+        return {"premise": text(label, i), "hypothesis": "so", "label": labels[label], "idx": i}
+
+    return make
+
+
+def _copa(i, label):
+    choices = {f"choice{n + 1}": text(int(n == label), i) for n in (0, 1)}
+    asked = ("cause", "effect")[i % 2]
+    return {"premise": "They fell.", **choices, "question": asked, "label": label, "idx": i}
+
+
+def _wic(i, label):
+    first, second = "the people", text(label, i)
+    at = second.index("people")
+    marks = {"start1": 4, "end1": 10, "start2": at, "end2": at + 6}
+    texts = {"word": "people", "sentence1": first, "sentence2": second}
+    return {**texts, **marks, "idx": i, "label": bool(label), "version": 1.1}
+
+
+def _wsc(i, label):
+    target = {"span1_text": "the people", "span1_index": 3, "span2_text": "They", "span2_index": 5}
+    return {
+        "text": f"{text(label, i)}. They won.",
+        "target": target,
+        "idx": i,
+        "label": bool(label),
+    }
+
+
+def _multirc(i, label):
+    answers = [{"text": text(y, i), "idx": 2 * i + n, "label": y} for n, y in enumerate((label, 1))]
+    questions = [{"question": "who", "answers": answers, "idx": i}]
+    return {"idx": i, "version": 1.1, "passage": {"text": "Some war.", "questions": questions}}
+
+
+def _record(i, label):
+    passage = f"{text(label, i)} and America {i}\n@highlight\nThe war"
+    entities = []
+    for name in ("people", "America"):
+        at = passage.index(name)
+        entities.append({"start": at, "end": at + len(name) - 1})
+    right = ("people", "America")[label]
+    answers = [{**entities[label], "text": right}]
+    qas = [{"query": "The @placeholder won", "answers": answers, "idx": i}]
+    return {
+        "source": "CNN",
+        "passage": {"text": passage, "entities": entities},
+        "idx": i,
+        "qas": qas,
+    }
+
+
+_SUPERGLUE = {
+    "BoolQ": (_boolq, 2),
+    "CB": (_premise(("entailment", "contradiction", "neutral")), 3),
+    "COPA": (_copa, 2),
+    "MultiRC": (_multirc, 2),
+    "ReCoRD": (_record, 2),
+    "RTE": (_premise(("entailment", "not_entailment")), 2),
+    "WiC": (_wic, 2),
+    "WSC": (_wsc, 2),
+}
+
+
+def _without_labels(value):
+    """As in the published test files."""
+    if isinstance(value, list):
+        return [_without_labels(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    hidden = {"label"} | ({"answers"} if "query" in value else set())
+    return {key: _without_labels(item) for key, item in value.items() if key not in hidden}
+
+
+def write_superglue(folder, train=6, dev=6, test=4):
+    """All eight tasks as the archives unpack."""
+    for task, (make, num_labels) in _SUPERGLUE.items():
+        for name, count in (("train", train), ("val", dev), ("test", test)):
+            drawn = draw(count, num_labels, seed=count)
+            objects = [make(i, label) for i, label in enumerate(drawn)]
+            if name == "test":
+                objects = _without_labels(objects)
+            write_lines(folder / task / f"{name}.jsonl", objects)
+    return folder
+
+
+def _article(i, label, has_no_answer):
+    context = f"In {1000 + i} the war began. The people of America hoped for peace in {1900 + i}."
+    answer = str((1000, 1900)[label] + i)
+    asked = ("when did the war begin", "when was there hope")[label]
+    answers = [{"text": answer, "answer_start": context.index(answer)}] * 2
+    question = {"id": f"q{i}", "question": asked, "answers": answers}
+    if has_no_answer:
+        is_impossible = i % 3 == 2
+        question |= {"is_impossible": is_impossible}
+        if is_impossible:
+            question |= {"answers": [], "plausible_answers": answers}
+    return {"title": "t", "paragraphs": [{"context": context, "qas": [question]}]}
+
+
+def write_reading(folder, train=6, dev=6):
+    """SQuAD 1.1 and 2.0, RACE and SWAG as they are published."""
+    for version in ("1.1", "2.0"):
+        for name, count in (("train", train), ("dev", dev)):
+            drawn = draw(count, 2, seed=count)
+            articles = [_article(i, label, version == "2.0") for i, label in enumerate(drawn)]
+            path = folder / f"SQuAD-{version}" / f"{name}-v{version}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"version": version, "data": articles}))
+    for name, count in (("train", train), ("test", dev)):
+        for i, label in enumerate(draw(count, 4, seed=count)):
+            options = [text(int(n == label), i) for n in range(4)]
+            article = {"article": "The war.", "questions": ["who _ ?"], "options": [options]}
+            path = folder / "RACE" / name / ("high", "middle")[i % 2] / f"{i:04d}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({**article, "answers": ["ABCD"[label]], "id": path.name}))
+    header = ["", "video-id", "fold-ind", "startphrase", "sent1", "sent2", "gold-source"]
+    header += [f"ending{n}" for n in range(4)]
+    for name, count in (("train", train), ("val", dev), ("test", 3)):
+        lines = [",".join(header + ["label"] * (name != "test"))]
+        for i, label in enumerate(draw(count, 4, seed=count)):
+            endings = [f'"{text(int(n == label), i)}, so"' for n in range(4)]
+            row = [i, "v", i, "x", "They fell.", "Then", "gold", *endings]
+            lines.append(",".join(map(str, row + [label] * (name != "test"))))
+        path = folder / "SWAG" / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
     return folder

@@ -5,8 +5,10 @@ from difflib import get_close_matches
 from data_prep.errors import UserError
 from pipeline.evaluate.declaration import TaskSpec
 from pipeline.evaluate.glue import GLUE
+from pipeline.evaluate.reading import READING
+from pipeline.evaluate.superglue import SUPERGLUE
 
-TASKS = {spec.name: spec for spec in GLUE}
+TASKS = {spec.name: spec for spec in (*GLUE, *SUPERGLUE, *READING)}
 """By name."""
 SUITES = {
     suite: tuple(spec for spec in TASKS.values() if spec.suite == suite)

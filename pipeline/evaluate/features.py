@@ -27,6 +27,8 @@ class Feature:
     """Number of its example, which may have several features."""
     marks: tuple[tuple[int, int], ...] = ()
     """Marked places, tokens [start, end)."""
+    marked: tuple[int, ...] = ()
+    """Number of the entity at each marked place, but the first, which is the gap."""
     offsets: np.ndarray | None = None
     """int32 [L, 2]: characters of each token in its text; (-1, -1) where no answer can be."""
     num_cut: int = 0

@@ -5,11 +5,14 @@ regression       a number of a text or pair         the same, with one output
 multiple-choice  the best of several pairs          AutoModelForMultipleChoice
 tagging          a tag of every word                AutoModelForTokenClassification
 span             an answer inside a text            AutoModelForQuestionAnswering
+marked           a class of two marked places       heads.MarkedPairModel
+entity           the entity that fills a gap        heads.EntityModel
 """
 
 from collections.abc import Sequence
 
 from pipeline.evaluate.kind import Kind
+from pipeline.evaluate.kinds_marked import Entity, MarkedPair
 from pipeline.evaluate.kinds_text import Classification, MultipleChoice, Regression
 from pipeline.evaluate.kinds_tokens import Span, Tagging
 
@@ -33,5 +36,11 @@ def find_kind(
         return Tagging(labels), len(labels)
     if name == "span":
         return Span(allows_no_answer=allows_no_answer), 2
-    kinds: dict[str, Kind] = {"regression": Regression(), "multiple-choice": MultipleChoice()}
+    if name == "marked":
+        return MarkedPair(), len(labels)
+    kinds: dict[str, Kind] = {
+        "regression": Regression(),
+        "multiple-choice": MultipleChoice(),
+        "entity": Entity(),
+    }
     return kinds[name], 1

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from data_prep.tokenizer import Tokenizer
 from pipeline.evaluate.features import IGNORED, Batch, Feature, make_sequence
 from pipeline.evaluate.kind import Limits
+from pipeline.evaluate.places import tokens_of, windows
 
 _BEST = 20
 """Starts and ends that are combined, as in BERT's run_squad.py."""
@@ -121,16 +122,8 @@ class Span:
             ids, offsets = tokenizer.encode_with_offsets(example.context)
             answer = _answer_tokens(example, offsets)
             room = limits.max_length - 3 - len(question)
-            step = room - min(limits.stride, room // 2)
-            first = 0
-            while True:
-                end = min(first + room, len(ids))
-                features.append(
-                    _window(tokenizer, question, ids, offsets, (first, end), answer, number)
-                )
-                if end == len(ids):
-                    break
-                first += step
+            for window in windows(len(ids), room, limits.stride):
+                features.append(_window(tokenizer, question, ids, offsets, window, answer, number))
         return features
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
@@ -182,8 +175,8 @@ def _answer_tokens(example: Any, offsets: np.ndarray) -> tuple[int, int] | None:
     if example.start is None or not example.answers:
         return None
     stop = example.start + len(example.answers[0])
-    inside = np.flatnonzero((offsets[:, 1] > example.start) & (offsets[:, 0] < stop))
-    return (int(inside[0]), int(inside[-1])) if len(inside) else None
+    first, end = tokens_of(offsets, (example.start, stop))
+    return (first, end - 1) if first < end else None
 
 
 def _window(

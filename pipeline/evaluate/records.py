@@ -136,12 +136,11 @@ class Record:
             UserError: There is none, or it is none of these.
         """
         value = self.value(*names)
-        if isinstance(value, bool):
-            value = str(value).lower()
-        text = str(value).strip()
-        text = _SPELLINGS.get(text, text)
-        if text in labels:
-            return labels.index(text)
+        text = str(value).strip().casefold()
+        known = [label.casefold() for label in labels]
+        for spelling in (text, _SPELLINGS.get(text)):
+            if spelling in known:
+                return known.index(spelling)
         if text.isdecimal() and int(text) < len(labels):
             return int(text)
         raise UserError(

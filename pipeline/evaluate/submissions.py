@@ -1,7 +1,9 @@
 """Prediction files in the forms that the tasks' own servers and scripts take.
 
 glue       CoLA.tsv, MNLI-m.tsv, ...: index and prediction, classes by name
-jsonl      one {"idx": ..., "label": ...} a line, classes by name
+jsonl      SuperGLUE's: one {"idx": ..., "label": ...} a line, classes by name
+multirc    SuperGLUE's for MultiRC: a line a passage, with its questions and their answers
+squad      SQuAD's: one object, id -> text, "" for no answer
 """
 
 import json
@@ -16,7 +18,7 @@ Format = Callable[[TaskSpec, Sequence[Any], Sequence[Any]], str]
 
 
 def _named(spec: TaskSpec, prediction: Any) -> Any:
-    """Give a class its name; choices keep their number."""
+    """Give a class its name; choices keep their number and texts their words."""
     return spec.labels[prediction] if spec.labels else prediction
 
 
@@ -33,13 +35,49 @@ def _glue(spec: TaskSpec, examples: Sequence[Any], predictions: Sequence[Any]) -
     return "\n".join(lines) + "\n"
 
 
+def _lines(objects: Sequence[Any]) -> str:
+    """Write one object a line."""
+    return "".join(json.dumps(value) + "\n" for value in objects)
+
+
 def _jsonl(spec: TaskSpec, examples: Sequence[Any], predictions: Sequence[Any]) -> str:
     """Write one object an example."""
-    return "".join(
-        json.dumps({"idx": example.key, "label": _named(spec, prediction)}) + "\n"
-        for example, prediction in zip(examples, predictions, strict=True)
+    return _lines(
+        [
+            {"idx": example.key, "label": _named(spec, prediction)}
+            for example, prediction in zip(examples, predictions, strict=True)
+        ]
     )
 
 
-FORMATS: dict[str, Format] = {"glue": _glue, "jsonl": _jsonl}
+def _multirc(spec: TaskSpec, examples: Sequence[Any], predictions: Sequence[Any]) -> str:
+    """Write one object a passage; the keys are numbers of passage, question and answer."""
+    passages: dict[int, dict[int, list[dict[str, int]]]] = {}
+    for example, prediction in zip(examples, predictions, strict=True):
+        passage, question, answer = example.key
+        answers = passages.setdefault(passage, {}).setdefault(question, [])
+        answers.append({"idx": answer, "label": prediction})
+    return _lines(
+        [
+            {
+                "idx": passage,
+                "passage": {"questions": [{"idx": q, "answers": a} for q, a in questions.items()]},
+            }
+            for passage, questions in passages.items()
+        ]
+    )
+
+
+def _squad(spec: TaskSpec, examples: Sequence[Any], predictions: Sequence[Any]) -> str:
+    """Write the object that evaluate-v2.0.py reads."""
+    pairs = zip(examples, predictions, strict=True)
+    return json.dumps({example.key: text for example, text in pairs}, indent=2) + "\n"
+
+
+FORMATS: dict[str, Format] = {
+    "glue": _glue,
+    "jsonl": _jsonl,
+    "multirc": _multirc,
+    "squad": _squad,
+}
 """(task, examples, predictions) -> content of the file."""

@@ -17,7 +17,9 @@ def value(name, examples, predictions):
 
 def texts(labels, groups=None):
     groups = groups or [None] * len(labels)
-    return [TextExample(i, "x", None, y, g) for i, (y, g) in enumerate(zip(labels, groups, strict=True))]
+    return [
+        TextExample(i, "x", None, y, g) for i, (y, g) in enumerate(zip(labels, groups, strict=True))
+    ]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -5,9 +5,9 @@ from sklearn.metrics import f1_score
 
 from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
+from pipeline.evaluate.features import IGNORED
 from pipeline.evaluate.labelled import Columns
 from pipeline.evaluate.spans import are_bio_tags, span_f1, spans
-from pipeline.evaluate.features import IGNORED
 from pipeline.evaluate.tasks import build_task, read_task
 
 
