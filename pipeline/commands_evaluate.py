@@ -45,11 +45,13 @@ ShardOption = Annotated[
 ]
 TrainOption = Annotated[
     Path | None,
-    typer.Option(help="Fine-tune on this file: .jsonl .csv .tsv (classes), .conll (tags)."),
+    typer.Option(
+        help="Fine-tune on this file: .jsonl .csv .tsv (classes), .conll (tags), .json (SQuAD)."
+    ),
 ]
 TestOption = Annotated[Path | None, typer.Option(help="Score the fine-tuned models on this file.")]
 KindOption = Annotated[
-    Literal["classification", "tagging"] | None,
+    Literal["classification", "regression", "tagging", "span", "multiple-choice"] | None,
     typer.Option(help="Kind of --train and --test; by their suffix by default."),
 ]
 RandomStartOption = Annotated[

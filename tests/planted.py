@@ -29,6 +29,13 @@ def outputs_of(task, feature, labels):
     return _one_hot(labels[0], size)
 
 
+def _shuffled_tags(labels, shuffle):
+    """Every word gets the tag of another word of the split."""
+    tags = [label for row in labels for label in row if label != IGNORED]
+    drawn = iter(shuffle.permutation(tags))
+    return [[label if label == IGNORED else next(drawn) for label in row] for row in labels]
+
+
 def plant(monkeypatch, shuffle=None):
     """Put the predictor in the place of the model: nothing is trained.
 
@@ -45,7 +52,9 @@ def plant(monkeypatch, shuffle=None):
         labels = [feature.labels for feature in features]
         if all(row == (IGNORED,) for row in labels):
             labels = [(0,)] * len(labels)  # a split without public labels
-        if shuffle is not None:
+        if shuffle is not None and current["task"].spec.kind == "tagging":
+            labels = _shuffled_tags(labels, shuffle)
+        elif shuffle is not None:
             labels = [labels[i] for i in shuffle.permutation(len(labels))]
         pairs = zip(features, labels, strict=True)
         return [outputs_of(current["task"], feature, row) for feature, row in pairs]

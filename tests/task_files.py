@@ -235,3 +235,59 @@ def write_reading(folder, train=6, dev=6):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
     return folder
+
+
+LANGUAGES = (
+    "ar",
+    "bg",
+    "de",
+    "el",
+    "en",
+    "es",
+    "fr",
+    "hi",
+    "ru",
+    "sw",
+    "th",
+    "tr",
+    "ur",
+    "vi",
+    "zh",
+)
+
+
+def write_inference(folder, train=6, test=6):
+    """XNLI's two archives and ANLI's one."""
+    spelled = ("entailment", "neutral", "contradictory")
+    rows = []
+    for language in LANGUAGES:
+        path = folder / "XNLI" / "XNLI-MT-1.0" / "multinli" / f"multinli.train.{language}.tsv"
+        drawn = draw(train, 3, seed=train)
+        lines = [(f"{language} {text(y, i)}", "so", spelled[y]) for i, y in enumerate(drawn)]
+        write_table(path, ("premise", "hypo", "label"), lines)
+        for i, label in enumerate(draw(test, 3, seed=test)):
+            rows.append((language, NLI[label], f"{language} {text(label, i)}", "so", i))
+    header = ("language", "gold_label", "sentence1", "sentence2", "pairID")
+    write_table(folder / "XNLI" / "XNLI-1.0" / "xnli.test.tsv", header, rows)
+    for number in (1, 2, 3):
+        for name, count in (("train", train), ("dev", test), ("test", test + number)):
+            rows = [
+                {"uid": f"u{i}", "context": text(y, i), "hypothesis": "so", "label": "enc"[y]}
+                for i, y in enumerate(draw(count, 3, seed=count))
+            ]
+            write_lines(folder / "anli_v1.0" / f"R{number}" / f"{name}.jsonl", rows)
+    return folder
+
+
+def write_ner(folder, train=6, test=8):
+    """CoNLL-2003 with the tags of its first edition, IOB1."""
+    path = folder / "CoNLL-2003"
+    path.mkdir(parents=True)
+    for name, count in (("eng.train", train), ("eng.testa", test), ("eng.testb", test)):
+        lines = ["-DOCSTART- -X- O O", ""]
+        for i, label in enumerate(draw(count, 2, seed=count)):
+            tag = ("I-PER", "I-LOC")[label]
+            lines += [f"{w} NN I-NP O" for w in text(label, i).split()[:2]]
+            lines += [f"America NN I-NP {tag}", f"{i} NN I-NP {tag}", "won VB I-VP O", ""]
+        (path / name).write_text("\n".join(lines) + "\n")
+    return folder

@@ -30,7 +30,7 @@ class Split:
     config: str | None = None
     """Configuration on the hub and folder of local files, where it is not the task's own."""
     only: tuple[str, str] | None = None
-    """Of a file that holds several languages: column and value of the rows to keep."""
+    """Of a published file that holds several languages: column and value of the rows to keep."""
     columns: tuple[str, ...] = ()
     """Names of the columns of a published file without a header."""
     skips_ragged: bool = False
@@ -89,5 +89,7 @@ class TaskSpec:
     """Published recipes of other sizes: xsmall, small, base."""
     is_averaged: bool = True
     """Whether it counts in the average of its suite."""
+    averages_parts: bool = False
+    """Whether the mean of its parts is reported beside them, as of XNLI's languages."""
     allows_no_answer: bool = False
     """Whether a span may be missing, as in SQuAD 2.0."""

@@ -22,7 +22,6 @@ from data_prep.tokenizer import Tokenizer
 from pipeline.evaluate.fitting import Head, fine_tune
 from pipeline.evaluate.heads import loaded_from
 from pipeline.evaluate.heldout_model import choose_device
-from pipeline.evaluate.kinds import find_kind
 from pipeline.evaluate.labelled import DEFAULT_COLUMNS, Columns, TaskKind, task_kind
 from pipeline.evaluate.load import encoder_repository
 from pipeline.evaluate.recipes import RATE_TIMES_SIZE
@@ -197,7 +196,7 @@ def _train_and_score(
     device: torch.device,
 ) -> Scores:
     """Train one model and score it on the test file."""
-    kind, num_outputs = find_kind(task.files.kind, task.files.labels)
+    kind, num_outputs = task.files.find_kind()
     plan = TrainingPlan(options.epochs, learning_rate, options.batch_size, bf16=options.bf16)
     head = Head(kind.head, num_outputs)
     model = fine_tune(repository, start, head, kind, task.train, plan, seed, device)

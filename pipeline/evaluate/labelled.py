@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from data_prep.errors import UserError
 
-TaskKind = Literal["classification", "tagging"]
+TaskKind = Literal["classification", "regression", "tagging", "span", "multiple-choice"]
 KIND_OF_SUFFIX: dict[str, TaskKind] = {
     ".jsonl": "classification",
     ".csv": "classification",
@@ -26,6 +26,7 @@ KIND_OF_SUFFIX: dict[str, TaskKind] = {
     ".iob": "tagging",
     ".iob2": "tagging",
     ".bio": "tagging",
+    ".json": "span",
 }
 _MAX_FIELD_CHARACTERS = 1 << 26
 

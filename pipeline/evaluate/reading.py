@@ -16,8 +16,19 @@ from pipeline.evaluate.text_readers import record_key
 _LETTERS = ("A", "B", "C", "D")
 
 
-def _squad(record: Record, is_labelled: bool) -> list[Any]:
-    """Make an example of every question."""
+def read_squad(record: Record, is_labelled: bool) -> list[Any]:
+    """Make an example of every question.
+
+    Args:
+        record: An article of the published document, or a question in the columns of `datasets`.
+        is_labelled: Whether to read the answers.
+
+    Returns:
+        Its SpanExamples.
+
+    Raises:
+        UserError: It is neither.
+    """
     if record.has("context"):
         return [_question(record, record.text("context"), is_labelled)]
     examples = []
@@ -91,7 +102,7 @@ def _squad_task(name: str, version: str, allows_no_answer: bool, hub: str) -> Ta
         kind="span",
         folder=folder,
         hub=(hub, None),
-        read=_squad,
+        read=read_squad,
         figures=("token_f1", "exact_match"),
         train=(Split("train", (f"train-v{version}.json",)),),
         scored={"": dev},

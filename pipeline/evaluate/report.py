@@ -37,8 +37,8 @@ def finetune_table(report: FinetuneReport) -> Table:
         One row a start or baseline: mean +- sample standard deviation over the seeds.
     """
     table = Table(
-        title=f"{report.kind}: {report.train_examples:,} training, {report.test_examples:,} test, "
-        f"{len(report.labels)} labels",
+        title=f"{report.kind}: {report.train_examples:,} training, {report.test_examples:,} test"
+        + (f", {len(report.labels)} labels" if report.labels else ""),
         caption=f"{report.options.seeds} seeds, {report.options.epochs} epochs, learning rate "
         f"{report.learning_rate:.2g}; {report.num_truncated:,} truncated",
     )

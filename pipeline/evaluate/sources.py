@@ -89,7 +89,8 @@ class DataSource:
             UserError: There are none, or a file is unusable.
         """
         for row, (where, values) in enumerate(self._rows(spec, split)):
-            if split.only is None or str(values.get(split.only[0])) == split.only[1]:
+            # Files of one language have no column that says so.
+            if split.only is None or values.get(split.only[0], split.only[1]) == split.only[1]:
                 yield Record(where, row, values)
 
     def _rows(self, spec: TaskSpec, split: Split) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -99,7 +100,13 @@ class DataSource:
             return
         if files := self._published(spec, split) or self._plain(spec, split):
             for path in files:
-                yield from _file_rows(path, spec, split)
+                is_published = any(path.match(pattern) for pattern in split.files)
+                yield from file_rows(
+                    path,
+                    is_tagging=spec.kind == "tagging",
+                    columns=split.columns if is_published else (),
+                    skips_ragged=split.skips_ragged,
+                )
             return
         for folder in self._saved(spec, split):
             tables = self._on_disk(folder)
@@ -188,8 +195,27 @@ def _numbered(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[str, 
         yield f"{name}, row {row}", values
 
 
-def _file_rows(path: Path, spec: TaskSpec, split: Split) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read one file by its suffix."""
+def file_rows(
+    path: Path,
+    *,
+    is_tagging: bool = False,
+    columns: Sequence[str] = (),
+    skips_ragged: bool = False,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read one file by its suffix.
+
+    Args:
+        path: .parquet, .jsonl, .tsv, .csv, or a JSON document.
+        is_tagging: Whether other files are CoNLL's.
+        columns: Names of the columns of a table without a header.
+        skips_ragged: Leave broken rows of a table out.
+
+    Yields:
+        Where each record stands, and its values.
+
+    Raises:
+        UserError: The file is unusable.
+    """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         yield from _numbered(_parquet_rows(path), str(path))
@@ -197,11 +223,9 @@ def _file_rows(path: Path, spec: TaskSpec, split: Split) -> Iterator[tuple[str, 
         for line, values in jsonl_records(path):
             yield f"{path}, line {line}", values
     elif suffix in (".tsv", ".csv"):
-        is_published = any(path.match(pattern) for pattern in split.files)
-        columns = split.columns if is_published else ()
-        for line, values in csv_records(path, columns, skips_ragged=split.skips_ragged):
+        for line, values in csv_records(path, columns, skips_ragged=skips_ragged):
             yield f"{path}, line {line}", values
-    elif spec.kind == "tagging":
+    elif is_tagging:
         for sentence in read_sentences(path):
             values = {"tokens": list(sentence.words), "ner_tags": list(sentence.tags)}
             yield f"{path}, line {sentence.line}", values

@@ -51,7 +51,7 @@ class SuiteReport:
     """Task -> "train" and parts -> examples."""
     figures: tuple[FigureReport, ...]
     averages: Mapping[str, Mapping[str, tuple[float, ...]]]
-    """Suite -> start -> average of its tasks, by seed; of whole suites only."""
+    """Suite -> start -> average of its tasks, by seed; or task -> start -> average of its parts."""
 
     def to_dict(self) -> dict[str, Any]:
         """Convert for JSON.
@@ -130,7 +130,20 @@ def _averages(
             start: tuple(statistics.fmean(by_seed[seed]) for seed in sorted(by_seed))
             for start, by_seed in scores.items()
         }
+    for spec in specs:
+        if spec.averages_parts:
+            averages[spec.name] = _part_averages(spec, results)
     return averages
+
+
+def _part_averages(spec: TaskSpec, results: Sequence[RunResult]) -> dict[str, tuple[float, ...]]:
+    """Average the parts of one task, for every start and seed."""
+    means: dict[str, list[float]] = {}
+    for result in results:
+        if result.name.task == spec.name:
+            values = [v for part in result.scores.values() for v in part.values()]
+            means.setdefault(result.name.start, []).append(statistics.fmean(values))
+    return {start: tuple(values) for start, values in means.items()}
 
 
 def suite_table(report: SuiteReport) -> Table:

@@ -22,10 +22,17 @@ from data_prep.tokenizer import Tokenizer
 from pipeline.evaluate.examples import TaggedExample, TextExample
 from pipeline.evaluate.features import Feature
 from pipeline.evaluate.figures import FIGURES
-from pipeline.evaluate.kind import Limits
+from pipeline.evaluate.kind import Kind, Limits
 from pipeline.evaluate.kinds import find_kind
 from pipeline.evaluate.labelled import Columns, TaskKind, read_sentences, read_texts
+from pipeline.evaluate.own_files import guess_own, read_own_file
 from pipeline.evaluate.spans import are_bio_tags
+
+_OWN_FIGURES = {
+    "regression": ("pearson", "spearman"),
+    "multiple-choice": ("accuracy",),
+    "span": ("exact_match", "token_f1"),
+}
 
 Scores = dict[str, float]
 ExampleT = TypeVar("ExampleT")
@@ -37,10 +44,19 @@ class TaskFiles:
 
     kind: TaskKind
     labels: tuple[str, ...]
-    """Label of each number: those of the training file, sorted."""
+    """Label of each number: those of the training file, sorted; none of other kinds."""
     train: Sequence[Any]
     """Examples of the kind."""
     test: Sequence[Any]
+
+    def find_kind(self) -> tuple[Kind, int]:
+        """Make the kind; a span may be missing where the training file has such questions.
+
+        Returns:
+            The kind, and the number of outputs of its head.
+        """
+        has_none = self.kind == "span" and not all(e.answers for e in self.train)
+        return find_kind(self.kind, self.labels, allows_no_answer=has_none)
 
 
 @dataclass(frozen=True)
@@ -58,10 +74,11 @@ class Task:
         """Compare predictions with the test labels.
 
         Args:
-            predictions: Of every test example: the number of a class, or the tags of a sentence.
+            predictions: Of every test example, as the kind predicts: the number of a class or a
+            choice, a number, a text, or the tags of a sentence.
 
         Returns:
-            Shares in [0, 1] by name.
+            Figures by name: shares in [0, 1], correlations in [-1, 1].
         """
         return score_files(self.files, predictions)
 
@@ -81,6 +98,8 @@ def score_files(files: TaskFiles, predictions: Sequence[Any]) -> Scores:
         names = {"accuracy": "tag_accuracy", "macro_f1": "tag_macro_f1"}
         if are_bio_tags(files.labels):
             names["span_f1"] = "span_f1"
+    elif files.kind != "classification":
+        names = {name: name for name in _OWN_FIGURES[files.kind]}
     return {
         name: FIGURES[key].value(FIGURES[key].rows(files.test, predictions))
         for name, key in names.items()
@@ -105,6 +124,9 @@ def read_task(
     Raises:
         UserError: A file is unusable, or the test file has labels that training never sees.
     """
+    if kind in ("regression", "multiple-choice", "span"):
+        parts = [read_own_file(kind, path, columns) for path in (train, test)]
+        return TaskFiles(kind, (), _thinned(parts[0], max_train), parts[1])
     if kind == "classification":
         texts, others = read_texts(train, columns), read_texts(test, columns)
         labels = {example.label for example in texts}
@@ -141,13 +163,18 @@ def build_task(files: TaskFiles, tokenizer: Tokenizer, max_length: int) -> Task:
     Returns:
         The task.
     """
-    kind, _ = find_kind(files.kind, files.labels)
+    kind, _ = files.find_kind()
     limits = Limits(max_length)
     train, test = (
         tuple(kind.features(part, tokenizer, limits)) for part in (files.train, files.test)
     )
     num_truncated = sum(feature.num_cut for feature in (*train, *test))
-    guesses = _tag_guesses(files) if files.kind == "tagging" else _class_guesses(files)
+    if files.kind == "tagging":
+        guesses: dict[str, list[Any]] = _tag_guesses(files)
+    elif files.kind == "classification":
+        guesses = _class_guesses(files)
+    else:
+        guesses = guess_own(files.kind, files.train, files.test)
     baselines = {name: score_files(files, guess) for name, guess in guesses.items()}
     return Task(files, train, test, num_truncated, baselines)
 
@@ -178,7 +205,7 @@ def _sorted_labels(
     return tuple(sorted(labels, key=int) if numeric else sorted(labels))
 
 
-def _class_guesses(files: TaskFiles) -> dict[str, list[int]]:
+def _class_guesses(files: TaskFiles) -> dict[str, list[Any]]:
     """Predict classes without a pre-trained model."""
     majority = Counter(e.label for e in files.train).most_common(1)[0][0]
     return {
@@ -207,7 +234,7 @@ def _tfidf(train: Sequence[Any], test: Sequence[Any]) -> list[int]:
     return list(model.predict(inputs[1]))
 
 
-def _tag_guesses(files: TaskFiles) -> dict[str, list[list[str]]]:
+def _tag_guesses(files: TaskFiles) -> dict[str, list[Any]]:
     """Predict each word's most frequent tag, and for a new word the most frequent of all."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
