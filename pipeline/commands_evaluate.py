@@ -12,6 +12,8 @@ from data_prep.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from pipeline.evaluate.sift import SiftOptions
+
 ModelArgument = Annotated[
     Path,
     typer.Argument(
@@ -108,6 +110,10 @@ def evaluate_command(
     max_length: MaxLengthOption = None,
     max_train: MaxTrainOption = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Fine-tune in bf16 autocast.")] = False,
+    sift: Annotated[bool, typer.Option("--sift", help="Fine-tune by SiFT.")] = False,
+    vat_lambda: Annotated[float, typer.Option(help="SiFT: weight of the divergence.")] = 5.0,
+    vat_learning_rate: Annotated[float, typer.Option(help="SiFT: its step.")] = 1e-4,
+    vat_init_perturbation: Annotated[float, typer.Option(help="SiFT: its first noise.")] = 1e-2,
     device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -187,6 +193,14 @@ def _starts(given: dict[str, Any], by_default: bool) -> tuple[str, ...]:
     return ("pretrained", "random") if asked else ("pretrained",)
 
 
+def _sift(given: dict[str, Any]) -> "SiftOptions | None":
+    """Read the options of SiFT."""
+    from pipeline.evaluate.sift import SiftOptions  # costs seconds to import
+
+    names = ("vat_lambda", "vat_learning_rate", "vat_init_perturbation")
+    return SiftOptions(**{name: given[name] for name in names}) if given["sift"] else None
+
+
 def _measure_heldout(report: _Report, given: dict[str, Any]) -> None:
     """Measure on a held-out split."""
     from pipeline.evaluate.heldout_model import evaluate_heldout_model  # costs seconds to import
@@ -217,6 +231,7 @@ def _fine_tune_tasks(report: _Report, given: dict[str, Any]) -> None:
         overrides=Overrides(**{name: given[name] for name in names}),
         max_train=given["max_train"],
         bf16=given["bf16"],
+        sift=_sift(given),
         device=given["device"],
         results=given["results"],
         predictions=given["predictions"],
@@ -246,6 +261,7 @@ def _fine_tune_files(report: _Report, given: dict[str, Any]) -> None:
         device=given["device"],
         starts=_starts(given, by_default=True),
         bf16=given["bf16"],
+        sift=_sift(given),
         **numbers,
     )
     columns = Columns(given["text_column"], given["label_column"], given["text_pair_column"])

@@ -25,6 +25,7 @@ from pipeline.evaluate.heldout_model import choose_device
 from pipeline.evaluate.labelled import DEFAULT_COLUMNS, Columns, TaskKind, task_kind
 from pipeline.evaluate.load import encoder_repository
 from pipeline.evaluate.recipes import RATE_TIMES_SIZE
+from pipeline.evaluate.sift import SiftOptions
 from pipeline.evaluate.tasks import Scores, Task, build_task, read_task
 from pipeline.evaluate.training import TrainingPlan, outputs
 
@@ -53,6 +54,8 @@ class FinetuneOptions:
     """What to begin from: "pretrained", "random" or both."""
     bf16: bool = False
     """Whether to compute in bf16 where torch's autocast holds that safe; weights stay fp32."""
+    sift: SiftOptions | None = None
+    """Adversarial perturbation of the embeddings, if any."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,9 @@ def _train_and_score(
 ) -> Scores:
     """Train one model and score it on the test file."""
     kind, num_outputs = task.files.find_kind()
-    plan = TrainingPlan(options.epochs, learning_rate, options.batch_size, bf16=options.bf16)
+    plan = TrainingPlan(
+        options.epochs, learning_rate, options.batch_size, bf16=options.bf16, sift=options.sift
+    )
     head = Head(kind.head, num_outputs)
     model = fine_tune(repository, start, head, kind, task.train, plan, seed, device)
     rows = outputs(model, kind, task.test, options.batch_size, device, bf16=options.bf16)

@@ -48,6 +48,10 @@ class Kind(Protocol):
         """Compute the training loss, a scalar in nats (regression: squared error)."""
         ...
 
+    def distributions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Give the logits of each distribution over classes, [N, C]; of a regression [N, 1]."""
+        ...
+
     def predictions(
         self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]
     ) -> list[Any]:

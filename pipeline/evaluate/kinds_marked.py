@@ -39,6 +39,10 @@ class MarkedPair:
         """Compute the cross-entropy."""
         return F.cross_entropy(logits.float(), batch.labels[:, 0])
 
+    def distributions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Give one distribution an example."""
+        return logits
+
     def predictions(
         self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]
     ) -> list[int]:
@@ -123,6 +127,11 @@ class Entity:
             logits.float(), batch.labels.clamp(min=0), reduction="none"
         )
         return (losses * is_entity).sum() / is_entity.sum().clamp(min=1)
+
+    def distributions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Give right and wrong of every entity, [N, 2]."""
+        chosen_N = logits[batch.labels != IGNORED]
+        return torch.stack([chosen_N, torch.zeros_like(chosen_N)], dim=-1)
 
     def predictions(
         self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]

@@ -53,6 +53,10 @@ class Classification:
         """Compute the cross-entropy."""
         return F.cross_entropy(logits.float(), batch.labels[:, 0])
 
+    def distributions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Give one distribution an example."""
+        return logits
+
     def predictions(
         self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]
     ) -> list[int]:
@@ -79,6 +83,10 @@ class Regression:
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Compute the mean squared error, as the original does."""
         return F.mse_loss(logits[:, 0].float(), batch.labels[:, 0])
+
+    def distributions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Give one distribution an example."""
+        return logits
 
     def predictions(
         self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]
@@ -119,6 +127,10 @@ class MultipleChoice:
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Compute the cross-entropy."""
         return F.cross_entropy(logits.float(), batch.labels[:, 0])
+
+    def distributions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Give one distribution an example."""
+        return logits
 
     def predictions(
         self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]

@@ -57,6 +57,10 @@ class Tagging:
             logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED
         )
 
+    def distributions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Give one distribution a word."""
+        return logits[batch.labels != IGNORED]
+
     def predictions(
         self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]
     ) -> list[list[str]]:
@@ -136,6 +140,10 @@ class Span:
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Compute the average cross-entropy of starts and ends."""
         return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
+
+    def distributions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Give the distributions of starts and ends, [2 B, L]."""
+        return logits.flatten(0, 1)
 
     def predictions(
         self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]

@@ -27,6 +27,7 @@ from pipeline.evaluate.kind import Limits
 from pipeline.evaluate.kinds import find_kind
 from pipeline.evaluate.load import encoder_repository
 from pipeline.evaluate.recipes import Overrides, choose_recipe
+from pipeline.evaluate.sift import SiftOptions
 from pipeline.evaluate.sources import DataSource
 from pipeline.evaluate.suite_report import SuiteReport, build_report
 from pipeline.evaluate.task_runs import (
@@ -36,6 +37,7 @@ from pipeline.evaluate.task_runs import (
     read_run,
     run_task,
     write_run,
+    write_whole,
 )
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "spm.model")
@@ -55,6 +57,8 @@ class SuiteOptions:
     """Training examples to use, evenly spaced; all where None."""
     bf16: bool = False
     """Whether to compute in bf16; the weights stay fp32."""
+    sift: SiftOptions | None = None
+    """Adversarial perturbation of the embeddings, if any."""
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu" or "cuda"."""
     results: Path | None = None
@@ -119,6 +123,7 @@ def evaluate_tasks(
                     task,
                     name,
                     bf16=options.bf16,
+                    sift=options.sift,
                     device=device,
                     predictions=options.predictions,
                 )
@@ -131,7 +136,7 @@ def evaluate_tasks(
             return None
         report = build_report(str(model), specs, recipes, results)
         text = json.dumps(report.to_dict(), indent=2) + "\n"
-        (folder / "results.json").write_text(text, encoding="utf-8")
+        write_whole(folder / "results.json", text.encode("utf-8"))
         return report
 
 
@@ -203,6 +208,7 @@ def _settings(repository: Path, source: DataSource, options: SuiteOptions) -> di
         "data": source.data,
         "max_train": options.max_train,
         "bf16": options.bf16,
+        "sift": asdict(options.sift) if options.sift else None,
     }
 
 

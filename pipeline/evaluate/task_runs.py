@@ -6,6 +6,7 @@ run: a half-done one starts over, which costs at most one training.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.evaluate.features import Feature
 from pipeline.evaluate.figures import FIGURES
 from pipeline.evaluate.fitting import Head, fine_tune
 from pipeline.evaluate.kind import Kind, Limits
+from pipeline.evaluate.sift import SiftOptions
 from pipeline.evaluate.submissions import FORMATS
 from pipeline.evaluate.training import TrainingPlan, outputs
 
@@ -85,6 +87,7 @@ def run_task(
     name: RunName,
     *,
     bf16: bool,
+    sift: SiftOptions | None = None,
     device: torch.device,
     predictions: Path | None,
 ) -> RunResult:
@@ -95,6 +98,7 @@ def run_task(
         task: What to train on.
         name: Start and seed.
         bf16: Whether to compute in bf16.
+        sift: Adversarial perturbation of the embeddings, if any.
         device: Where to compute.
         predictions: Folder for submissions; none are written where None.
 
@@ -106,7 +110,7 @@ def run_task(
     """
     recipe = task.recipe
     plan = TrainingPlan(
-        recipe.epochs, recipe.learning_rate, recipe.batch_size, recipe.warmup_steps, bf16
+        recipe.epochs, recipe.learning_rate, recipe.batch_size, recipe.warmup_steps, bf16, sift
     )
     head = Head(task.kind.head, task.num_outputs, recipe.dropout)
     model = fine_tune(
@@ -128,7 +132,7 @@ def run_task(
         for file, inputs in task.predicted.items():
             text = FORMATS[task.spec.submission](task.spec, inputs.examples, predict(inputs))
             path = predictions / f"{name.start}-seed-{name.seed}" / file
-            _write_whole(path, text.encode("utf-8"))
+            write_whole(path, text.encode("utf-8"))
     counts = {"train": len(task.train.examples)}
     counts |= {part: len(inputs.examples) for part, inputs in task.scored.items()}
     return RunResult(name, scores, rows, counts)
@@ -158,7 +162,7 @@ def write_run(folder: Path, result: RunResult, settings: Mapping[str, Any]) -> N
         "settings": settings,
     }
     # The mark that the run is finished is written last.
-    _write_whole(path.with_suffix(".json"), (json.dumps(values, indent=2) + "\n").encode())
+    write_whole(path.with_suffix(".json"), (json.dumps(values, indent=2) + "\n").encode())
 
 
 def read_run(folder: Path, name: RunName, settings: Mapping[str, Any]) -> RunResult | None:
@@ -180,7 +184,10 @@ def read_run(folder: Path, name: RunName, settings: Mapping[str, Any]) -> RunRes
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+        with (
+            path.with_suffix(".npz").open("rb") as stream,
+            np.load(stream, allow_pickle=False) as file,
+        ):
             rows = {key: file[key] for key in file.files}
         theirs = values["settings"]
         result = RunResult(name, values["scores"], rows, values["counts"])
@@ -197,9 +204,14 @@ def read_run(folder: Path, name: RunName, settings: Mapping[str, Any]) -> RunRes
     return result
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all.
+
+    Args:
+        path: The file; its folder is made.
+        content: Its bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
     partial.replace(path)

@@ -6,7 +6,7 @@ batches are a function of the seed alone; nothing is looked at but the training 
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from data_prep.errors import UserError
 from pipeline.evaluate.features import Batch, Feature, batches
 from pipeline.evaluate.kind import Kind
+from pipeline.evaluate.sift import Sift, SiftOptions
 
 _WARMUP_SHARE = 0.1
 _WEIGHT_DECAY = 0.01
@@ -36,6 +37,8 @@ class TrainingPlan:
     """At most a tenth of all steps; a tenth where None."""
     bf16: bool = False
     """Whether to compute in bf16 where torch's autocast holds that safe; weights stay fp32."""
+    sift: SiftOptions | None = None
+    """Adversarial perturbation of the embeddings, if any."""
 
 
 def num_warmup_steps(plan: TrainingPlan, num_steps: int) -> int:
@@ -73,6 +76,20 @@ def train(
     Raises:
         UserError: The loss became infinite or no number.
     """
+    with Sift(model, plan.sift) if plan.sift else nullcontext() as sift:
+        _steps(model, kind, features, plan, seed, device, sift)
+
+
+def _steps(
+    model: Any,
+    kind: Kind,
+    features: Sequence[Feature],
+    plan: TrainingPlan,
+    seed: int,
+    device: torch.device,
+    sift: Sift | None,
+) -> None:
+    """Take all optimizer steps."""
     optimizer = torch.optim.AdamW(_parameter_groups(model), lr=plan.learning_rate)
     num_steps = plan.epochs * math.ceil(len(features) / plan.batch_size)
     warmup = num_warmup_steps(plan, num_steps)
@@ -86,7 +103,7 @@ def train(
             factor = min((step + 1) / warmup, (num_steps - step) / max(1, num_steps - warmup))
             for group in optimizer.param_groups:
                 group["lr"] = plan.learning_rate * factor
-            loss = _loss(model, kind, batch, plan)
+            loss = _loss(model, kind, batch, plan, sift)
             if not torch.isfinite(loss):
                 raise UserError(
                     f"fine-tuning diverged in step {step + 1}: give a lower --learning-rate than "
@@ -99,10 +116,14 @@ def train(
             step += 1
 
 
-def _loss(model: Any, kind: Kind, batch: Batch, plan: TrainingPlan) -> torch.Tensor:
+def _loss(
+    model: Any, kind: Kind, batch: Batch, plan: TrainingPlan, sift: Sift | None
+) -> torch.Tensor:
     """Compute the loss of one batch."""
     with _autocast(plan.bf16, batch.mask.device):
-        return kind.loss(kind.logits(model, batch), batch)
+        logits = kind.logits(model, batch)
+        loss = kind.loss(logits, batch)
+        return loss if sift is None else loss + sift.loss(kind, batch, logits)
 
 
 def _autocast(is_on: bool, device: torch.device) -> AbstractContextManager[Any]:
