@@ -2,6 +2,9 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pipeline.evaluate.sift import SiftOptions
+    from pipeline.evaluate.stepping import Strategy
 
 ModelArgument = Annotated[
     Path,
@@ -61,6 +65,15 @@ RandomStartOption = Annotated[
     typer.Option(
         "--random-start/--no-random-start",
         help="Also train from random weights; by default for --train, not for --task.",
+    ),
+]
+DeepSpeedOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--deepspeed_config",
+        "--deepspeed-config",
+        metavar="JSON",
+        help="Fine-tune under DeepSpeed with this JSON, by all ranks that a launcher started.",
     ),
 ]
 DeviceOption = Annotated[
@@ -114,6 +127,7 @@ def evaluate_command(
     vat_lambda: Annotated[float, typer.Option(help="SiFT: weight of the divergence.")] = 5.0,
     vat_learning_rate: Annotated[float, typer.Option(help="SiFT: its step.")] = 1e-4,
     vat_init_perturbation: Annotated[float, typer.Option(help="SiFT: its first noise.")] = 1e-2,
+    deepspeed_config: DeepSpeedOption = None,
     device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -137,11 +151,16 @@ def evaluate_command(
     report = _Report()
     if dataset is not None:
         _measure_heldout(report, given)
-    if task is not None:
-        _fine_tune_tasks(report, given)
-    if train is not None:
-        _fine_tune_files(report, given)
-    report.show(output, as_json)
+    if task is None and train is None:
+        report.show(output, as_json)
+        return
+    with _strategy(given) as strategy:
+        if task is not None:
+            _fine_tune_tasks(report, given, strategy)
+        if train is not None:
+            _fine_tune_files(report, given, strategy)
+        if strategy.rank == 0:
+            report.show(output, as_json)
 
 
 class _Report:
@@ -187,6 +206,44 @@ def _say(line: str) -> None:
     typer.echo(line, err=True)
 
 
+@contextmanager
+def _strategy(given: dict[str, Any]) -> "Iterator[Strategy]":
+    """Find out who fine-tunes: this process, or the ranks that a launcher started."""
+    from pipeline.evaluate.heldout_model import choose_device
+    from pipeline.evaluate.stepping import AloneStrategy
+    from pipeline.runtime import World, start_world
+
+    world = World.from_environment()
+    path = given["deepspeed_config"]
+    if path is None:
+        if world.world_size > 1:
+            raise UserError(
+                f"{world.world_size} ranks were started without --deepspeed_config: each would do "
+                "all the work; give a JSON of ds_configs/, or start one process"
+            )
+        yield AloneStrategy(choose_device(given["device"]))
+        return
+    import torch.distributed as dist
+
+    from pipeline.ds_config import check_device, load_deepspeed_config
+    from pipeline.evaluate.engine_strategy import DeepSpeedStrategy
+
+    ds = load_deepspeed_config(path)
+    if given["device"] == "cpu":
+        world = replace(world, device=choose_device("cpu"))
+    check_device(ds, world.device.type)
+    group = start_world(world)
+    try:
+        yield DeepSpeedStrategy(ds, world, group)
+    finally:
+        dist.destroy_process_group()
+
+
+def _speaker(strategy: "Strategy") -> Callable[[str], None]:
+    """Choose what progress is told to: rank 0 speaks for all."""
+    return _say if strategy.rank == 0 else lambda _line: None
+
+
 def _starts(given: dict[str, Any], by_default: bool) -> tuple[str, ...]:
     """What to begin from."""
     asked = by_default if given["random_start"] is None else given["random_start"]
@@ -213,7 +270,7 @@ def _measure_heldout(report: _Report, given: dict[str, Any]) -> None:
     report.tables.append(heldout_table(heldout))
 
 
-def _fine_tune_tasks(report: _Report, given: dict[str, Any]) -> None:
+def _fine_tune_tasks(report: _Report, given: dict[str, Any], strategy: "Strategy") -> None:
     """Fine-tune on published tasks."""
     from pipeline.evaluate.catalogue import find_tasks
     from pipeline.evaluate.recipes import Overrides
@@ -239,14 +296,20 @@ def _fine_tune_tasks(report: _Report, given: dict[str, Any]) -> None:
     )
     source = DataSource(given["data"], is_for_one_task=len(specs) == 1)
     found = evaluate_tasks(
-        given["model"], specs, source, options, dataset=given["dataset"], say=_say
+        given["model"],
+        specs,
+        source,
+        options,
+        dataset=given["dataset"],
+        strategy=strategy,
+        say=_speaker(strategy),
     )
     if found is not None:
         report.values["tasks"] = found.to_dict()
         report.tables.append(suite_table(found))
 
 
-def _fine_tune_files(report: _Report, given: dict[str, Any]) -> None:
+def _fine_tune_files(report: _Report, given: dict[str, Any], strategy: "Strategy") -> None:
     """Fine-tune on own files."""
     from pipeline.evaluate.finetune import FinetuneOptions, finetune
     from pipeline.evaluate.labelled import Columns
@@ -273,7 +336,8 @@ def _fine_tune_files(report: _Report, given: dict[str, Any]) -> None:
         columns=columns,
         kind=given["kind"],
         dataset=given["dataset"],
-        say=_say,
+        strategy=strategy,
+        say=_speaker(strategy),
     )
     report.values["finetune"] = finetuned.to_dict()
     report.tables.append(finetune_table(finetuned))

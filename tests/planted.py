@@ -1,5 +1,7 @@
 """Predictors that need no training: outputs made of the labels, right or shuffled."""
 
+from contextlib import nullcontext
+
 import numpy as np
 
 from pipeline.evaluate import task_runs
@@ -48,7 +50,7 @@ def plant(monkeypatch, shuffle=None):
         current["task"] = task
         return run_task(repository, task, name, **options)
 
-    def planted(model, kind, features, batch_size, device, *, bf16=False):
+    def planted(model, kind, features, batch_size, strategy, *, bf16=False):
         labels = [feature.labels for feature in features]
         if all(row == (IGNORED,) for row in labels):
             labels = [(0,)] * len(labels)  # a split without public labels
@@ -60,5 +62,5 @@ def plant(monkeypatch, shuffle=None):
         return [outputs_of(current["task"], feature, row) for feature, row in pairs]
 
     monkeypatch.setattr("pipeline.evaluate.suite.run_task", remembering)
-    monkeypatch.setattr(task_runs, "fine_tune", lambda *_: None)
+    monkeypatch.setattr(task_runs, "fine_tuned", lambda *_: nullcontext())
     monkeypatch.setattr(task_runs, "outputs", planted)

@@ -15,19 +15,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
-from pipeline.evaluate.fitting import Head, fine_tune
+from pipeline.evaluate.fitting import Head, fine_tuned
 from pipeline.evaluate.heads import loaded_from
 from pipeline.evaluate.heldout_model import choose_device
 from pipeline.evaluate.labelled import DEFAULT_COLUMNS, Columns, TaskKind, task_kind
 from pipeline.evaluate.load import encoder_repository
+from pipeline.evaluate.plan import TrainingPlan
 from pipeline.evaluate.recipes import RATE_TIMES_SIZE
 from pipeline.evaluate.sift import SiftOptions
+from pipeline.evaluate.stepping import AloneStrategy, Strategy
 from pipeline.evaluate.tasks import Scores, Task, build_task, read_task
-from pipeline.evaluate.training import TrainingPlan, outputs
+from pipeline.evaluate.training import outputs
 
 STARTS = ("pretrained", "random")
 
@@ -119,6 +119,7 @@ def finetune(
     columns: Columns = DEFAULT_COLUMNS,
     kind: TaskKind | None = None,
     dataset: Path | None = None,
+    strategy: Strategy | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> FinetuneReport:
     """Fine-tune a model on a labelled file, from its weights and from random ones.
@@ -131,6 +132,7 @@ def finetune(
         columns: Columns of a classification file.
         kind: Kind of task; by the name of the training file where None.
         dataset: For a run or commit, where its dataset is now.
+        strategy: Who takes part; this process alone, on `options.device`, where None.
         say: Gets a line after every trained model.
 
     Returns:
@@ -141,7 +143,8 @@ def finetune(
         CorruptError: The model is damaged.
     """
     _check_options(options)
-    device, kind = choose_device(options.device), task_kind(train, kind)
+    kind = task_kind(train, kind)
+    strategy = strategy or AloneStrategy(choose_device(options.device))
     files = read_task(kind, train, test, columns, options.max_train)
     with encoder_repository(model, dataset) as repository:
         from transformers import AutoConfig  # costs seconds to import
@@ -159,7 +162,7 @@ def finetune(
         runs = []
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             for start in options.starts:
-                scores = _train_and_score(repository, start, data, options, rate, seed, device)
+                scores = _train_and_score(repository, start, data, options, rate, seed, strategy)
                 runs.append(FinetuneRun(start, seed, scores))
                 figures = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
                 say(f"seed {seed}, {start}: {figures}")
@@ -196,7 +199,7 @@ def _train_and_score(
     options: FinetuneOptions,
     learning_rate: float,
     seed: int,
-    device: torch.device,
+    strategy: Strategy,
 ) -> Scores:
     """Train one model and score it on the test file."""
     kind, num_outputs = task.files.find_kind()
@@ -204,6 +207,6 @@ def _train_and_score(
         options.epochs, learning_rate, options.batch_size, bf16=options.bf16, sift=options.sift
     )
     head = Head(kind.head, num_outputs)
-    model = fine_tune(repository, start, head, kind, task.train, plan, seed, device)
-    rows = outputs(model, kind, task.test, options.batch_size, device, bf16=options.bf16)
+    with fine_tuned(repository, start, head, kind, task.train, plan, seed, strategy) as model:
+        rows = outputs(model, kind, task.test, options.batch_size, strategy, bf16=options.bf16)
     return task.score(kind.predictions(rows, task.test, task.files.test))

@@ -1,6 +1,7 @@
 """One fine-tuned model: its start, its seed, its training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from pipeline.evaluate.features import Feature
 from pipeline.evaluate.heads import build_model
 from pipeline.evaluate.kind import Kind
-from pipeline.evaluate.training import TrainingPlan, train
+from pipeline.evaluate.plan import TrainingPlan
+from pipeline.evaluate.stepping import Strategy
+from pipeline.evaluate.training import train
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Head:
     """In front of its last layer; the model's own where None."""
 
 
-def fine_tune(
+@contextmanager
+def fine_tuned(
     repository: Path,
     start: str,
     head: Head,
@@ -32,8 +36,8 @@ def fine_tune(
     features: Sequence[Feature],
     plan: TrainingPlan,
     seed: int,
-    device: torch.device,
-) -> Any:
+    strategy: Strategy,
+) -> Iterator[Any]:
     """Build and train one model; the caller's random numbers are left alone.
 
     Args:
@@ -44,19 +48,24 @@ def fine_tune(
         features: Training examples.
         plan: How to train.
         seed: Of the new weights, the order of the batches, and dropout.
-        device: Where to compute.
+        strategy: Who takes part, and where.
 
-    Returns:
-        The trained model.
+    Yields:
+        The trained model, to predict with inside.
 
     Raises:
         UserError: The repository cannot be loaded, or training diverged.
     """
+    device = strategy.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = build_model(repository, start, head.name, head.num_outputs, head.dropout)
         model.to(device)
-        # Drawn after the new weights, dropout would follow from how many there are.
-        torch.manual_seed(seed)
-        train(model, kind, features, plan, seed, device)
-    return model
+        stepper = strategy.start(model, kind, plan)
+        # Drawn after the new weights, dropout would follow from how many there are; ranks differ.
+        torch.manual_seed(seed + 1_000_003 * strategy.rank)
+        try:
+            train(stepper, features, plan, seed)
+            yield stepper.model
+        finally:
+            stepper.close()

@@ -16,7 +16,6 @@ Letters: B examples, L sequence length, D hidden size, N distributions, C classe
 """
 
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -72,7 +71,7 @@ def divergence(first_NC: torch.Tensor, second_NC: torch.Tensor) -> torch.Tensor:
 
 
 class Sift:
-    """Perturbs the embeddings of a model while it is entered; the model is as before afterwards.
+    """Perturbs the embeddings of a model from `attach` to `detach`.
 
     Args:
         model: A model with DeBERTa's embeddings.
@@ -88,16 +87,17 @@ class Sift:
             raise UserError(f"--sift: the model has {len(found)} modules {_TARGET}, not one")
         self._target = found[0]
 
-    def __enter__(self) -> "Sift":
+    def attach(self) -> "Sift":
+        """Normalise the embeddings from now on.
+
+        Returns:
+            Itself.
+        """
         self._handle = self._target.register_forward_pre_hook(self._hook)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def detach(self) -> None:
+        """Leave the model as it was."""
         self._handle.remove()
 
     def _hook(self, module: nn.Module, inputs: tuple[Any, ...]) -> torch.Tensor:

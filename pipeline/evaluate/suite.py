@@ -29,11 +29,13 @@ from pipeline.evaluate.load import encoder_repository
 from pipeline.evaluate.recipes import Overrides, choose_recipe
 from pipeline.evaluate.sift import SiftOptions
 from pipeline.evaluate.sources import DataSource
+from pipeline.evaluate.stepping import AloneStrategy, Strategy
 from pipeline.evaluate.suite_report import SuiteReport, build_report
 from pipeline.evaluate.task_runs import (
     Inputs,
     PreparedTask,
     RunName,
+    RunResult,
     read_run,
     run_task,
     write_run,
@@ -76,6 +78,7 @@ def evaluate_tasks(
     options: SuiteOptions = SuiteOptions(),
     *,
     dataset: Path | None = None,
+    strategy: Strategy | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> SuiteReport | None:
     """Fine-tune a model on published tasks.
@@ -86,6 +89,7 @@ def evaluate_tasks(
         source: Where their data are.
         options: How to run.
         dataset: For a run or commit, where its dataset is now.
+        strategy: Who takes part; this process alone, on `options.device`, where None.
         say: Gets a line after every trained model.
 
     Returns:
@@ -96,7 +100,7 @@ def evaluate_tasks(
         CorruptError: The model is damaged.
     """
     _check_options(options)
-    device = choose_device(options.device)
+    strategy = strategy or AloneStrategy(choose_device(options.device))
     for spec in specs:
         for split in (*spec.train, *spec.scored.values()):
             _check_columns(source, spec, split)
@@ -111,9 +115,14 @@ def evaluate_tasks(
             for seed in range(options.seeds)
         ]
         ours = set(names[options.shard[0] :: options.shard[1]])
+
+        def finished() -> dict[RunName, RunResult]:
+            found = {name: read_run(folder, name, settings[name.task]) for name in names}
+            return {name: result for name, result in found.items() if result is not None}
+
+        done = strategy.agree(finished)
         for spec in specs:
-            mine = [n for n in names if n.task == spec.name and n in ours]
-            todo = [n for n in mine if read_run(folder, n, settings[spec.name]) is None]
+            todo = [n for n in names if n.task == spec.name and n in ours and n not in done]
             if not todo:
                 continue
             task = _prepare(repository, spec, recipes[spec.name], source, options)
@@ -124,19 +133,20 @@ def evaluate_tasks(
                     name,
                     bf16=options.bf16,
                     sift=options.sift,
-                    device=device,
+                    strategy=strategy,
                     predictions=options.predictions,
                 )
-                write_run(folder, result, settings[spec.name])
+                if strategy.rank == 0:
+                    write_run(folder, result, settings[spec.name])
                 say(f"{name.stem}: {_scores_line(result.scores)}")
-        found = [read_run(folder, name, settings[name.task]) for name in names]
-        results = [result for result in found if result is not None]
+        results = list(strategy.agree(finished).values())
         if len(results) < len(names):
             say(f"{len(results)} of {len(names)} runs are finished; the others are of other shards")
             return None
         report = build_report(str(model), specs, recipes, results)
         text = json.dumps(report.to_dict(), indent=2) + "\n"
-        write_whole(folder / "results.json", text.encode("utf-8"))
+        if strategy.rank == 0:
+            write_whole(folder / "results.json", text.encode("utf-8"))
         return report
 
 

@@ -14,17 +14,18 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
 
 from data_prep.errors import UserError
 from pipeline.evaluate.declaration import Recipe, TaskSpec
 from pipeline.evaluate.features import Feature
 from pipeline.evaluate.figures import FIGURES
-from pipeline.evaluate.fitting import Head, fine_tune
+from pipeline.evaluate.fitting import Head, fine_tuned
 from pipeline.evaluate.kind import Kind, Limits
+from pipeline.evaluate.plan import TrainingPlan
 from pipeline.evaluate.sift import SiftOptions
+from pipeline.evaluate.stepping import Strategy
 from pipeline.evaluate.submissions import FORMATS
-from pipeline.evaluate.training import TrainingPlan, outputs
+from pipeline.evaluate.training import outputs
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def run_task(
     *,
     bf16: bool,
     sift: SiftOptions | None = None,
-    device: torch.device,
+    strategy: Strategy,
     predictions: Path | None,
 ) -> RunResult:
     """Train one model, score it, and write its predictions.
@@ -99,7 +100,7 @@ def run_task(
         name: Start and seed.
         bf16: Whether to compute in bf16.
         sift: Adversarial perturbation of the embeddings, if any.
-        device: Where to compute.
+        strategy: Who takes part, and where.
         predictions: Folder for submissions; none are written where None.
 
     Returns:
@@ -113,24 +114,29 @@ def run_task(
         recipe.epochs, recipe.learning_rate, recipe.batch_size, recipe.warmup_steps, bf16, sift
     )
     head = Head(task.kind.head, task.num_outputs, recipe.dropout)
-    model = fine_tune(
-        repository, name.start, head, task.kind, task.train.features, plan, name.seed, device
-    )
+    features = task.train.features
+    with fine_tuned(
+        repository, name.start, head, task.kind, features, plan, name.seed, strategy
+    ) as model:
 
-    def predict(inputs: Inputs) -> list[Any]:
-        rows = outputs(model, task.kind, inputs.features, recipe.batch_size, device, bf16=bf16)
-        return task.kind.predictions(rows, inputs.features, inputs.examples)
+        def predict(inputs: Inputs) -> list[Any]:
+            rows = outputs(
+                model, task.kind, inputs.features, recipe.batch_size, strategy, bf16=bf16
+            )
+            return task.kind.predictions(rows, inputs.features, inputs.examples)
 
+        scored = {part: predict(inputs) for part, inputs in task.scored.items()}
+        predicted = {file: predict(inputs) for file, inputs in task.predicted.items()}
     rows: dict[str, np.ndarray] = {}
     scores: dict[str, dict[str, float]] = {}
     for part, inputs in task.scored.items():
-        found = predict(inputs)
+        found = scored[part]
         for figure in task.spec.figures:
             rows[f"{part}:{figure}"] = FIGURES[figure].rows(inputs.examples, found)
         scores[part] = {f: FIGURES[f].value(rows[f"{part}:{f}"]) for f in task.spec.figures}
-    if predictions is not None:
+    if predictions is not None and strategy.rank == 0:
         for file, inputs in task.predicted.items():
-            text = FORMATS[task.spec.submission](task.spec, inputs.examples, predict(inputs))
+            text = FORMATS[task.spec.submission](task.spec, inputs.examples, predicted[file])
             path = predictions / f"{name.start}-seed-{name.seed}" / file
             write_whole(path, text.encode("utf-8"))
     counts = {"train": len(task.train.examples)}

@@ -14,8 +14,10 @@ from transformers import (
 from data_prep.errors import UserError
 from pipeline.evaluate.features import IGNORED, Batch, collate
 from pipeline.evaluate.kinds import find_kind
+from pipeline.evaluate.plan import TrainingPlan
 from pipeline.evaluate.sift import Sift, SiftOptions, divergence
-from pipeline.evaluate.training import TrainingPlan, train
+from pipeline.evaluate.stepping import AloneStrategy, batch_loss
+from pipeline.evaluate.training import train
 
 OPTIONS = SiftOptions(vat_lambda=3.0, vat_learning_rate=0.05, vat_init_perturbation=0.1)
 
@@ -112,9 +114,7 @@ def test_sift_is_its_definition(kind_name, labels, outputs):
     gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
 
     torch.manual_seed(5)
-    with Sift(model, OPTIONS) as sift:
-        logits = kind.logits(model, inputs)
-        found = kind.loss(logits, inputs) + sift.loss(kind, inputs, logits)
+    found = batch_loss(kind, model, inputs, Sift(model, OPTIONS).attach())
     found.backward()
     assert extra.item() > 0.01
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
@@ -141,14 +141,15 @@ def test_model_is_left_as_it_was():
     kind, _ = find_kind("classification", ["a", "b", "c"])
     inputs = batch([[0], [1]])
     before = kind.logits(model, inputs)
-    with Sift(model, OPTIONS) as sift:
-        logits = kind.logits(model, inputs)
-        # The LayerNorm behind makes nothing of a normalisation before it.
-        assert torch.allclose(logits, before, atol=1e-4)
-        sift.loss(kind, inputs, logits)
-        assert all(p.requires_grad for p in model.parameters())
-        assert all(p.grad is None for p in model.parameters())
-        assert torch.allclose(kind.logits(model, inputs), logits)
+    sift = Sift(model, OPTIONS).attach()
+    logits = kind.logits(model, inputs)
+    # The LayerNorm behind makes nothing of a normalisation before it.
+    assert torch.allclose(logits, before, atol=1e-4)
+    sift.loss(kind, inputs, logits)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.allclose(kind.logits(model, inputs), logits)
+    sift.detach()
     assert torch.equal(kind.logits(model, inputs), before)
     with pytest.raises(UserError, match=r"--sift: the model has 0 modules embeddings.LayerNorm"):
         Sift(torch.nn.Linear(2, 2), OPTIONS)
@@ -172,14 +173,16 @@ def test_training_makes_outputs_smooth(tokenizer):
         sizes.vocab_size = 700
         model = DebertaV2ForSequenceClassification(sizes)
         plan = TrainingPlan(25, 3e-3, 8, sift=sift)
-        train(model, kind, features, plan, 0, torch.device("cpu"))
+        stepper = AloneStrategy(torch.device("cpu")).start(model, kind, plan)
+        train(stepper, features, plan, 0)
+        stepper.close()
         assert not model.deberta.embeddings.LayerNorm._forward_pre_hooks
         inputs = collate(features, torch.device("cpu"), torch.int64)
         torch.manual_seed(1)
-        with torch.enable_grad(), Sift(model.eval(), SiftOptions(1.0, 0.1, 0.3)) as probe:
-            clean = kind.logits(model, inputs)
-            changes[sift is not None] = probe.loss(kind, inputs, clean).item()
-            accuracy = (clean.argmax(-1) == inputs.labels[:, 0]).float().mean()
+        probe = Sift(model.eval(), SiftOptions(1.0, 0.1, 0.3)).attach()
+        clean = kind.logits(model, inputs)
+        changes[sift is not None] = probe.loss(kind, inputs, clean).item()
+        accuracy = (clean.argmax(-1) == inputs.labels[:, 0]).float().mean()
         assert accuracy > 0.9
         assert F.cross_entropy(clean, inputs.labels[:, 0]) < 0.6
     assert changes[True] < 0.7 * changes[False]
