@@ -28,13 +28,14 @@ from pipeline.metrics import IntervalSums
 from pipeline.modeling.pair import NetworkPair
 from pipeline.phases import TrainSchedule
 from pipeline.recovery import Recovery, without_streak
+from pipeline.reference_curves import HealthCheck, find_reference
 from pipeline.resume import (
     Comparison,
     compare_with_commit,
     record_accepted,
     restored_state,
 )
-from pipeline.run_data import RunData, open_run_data
+from pipeline.run_data import RunData, open_run_data, summarize_dataset
 from pipeline.run_folder import to_json, write_durably
 from pipeline.run_services import checkpoint_store, evaluate, open_services
 from pipeline.runtime import on_all_ranks
@@ -100,6 +101,9 @@ def assemble(session: Session) -> Assembled:
     config, world, group = session.config, session.world, session.control_group
     session.begin("start.data")
     data = on_all_ranks(group, lambda: open_run_data(config))
+    reference = on_all_ranks(group, lambda: find_reference(config, session.plan.train_batch_size))
+    content = summarize_dataset(data.dataset.manifest)["train"]["content"]
+    health = HealthCheck(reference, session.folder.metrics, content)
     store = checkpoint_store(session)
     past = _past(session, store)
     identity = session.identity(data)
@@ -125,9 +129,8 @@ def assemble(session: Session) -> Assembled:
         world=world,
         hooks=StepHooks(session.stop.agreed, session.watchdog.mark),
     )
-    services = open_services(
-        session, store, engines, state, partial(evaluate, session, data, engines, step)
-    )
+    measure = partial(evaluate, session, data, engines, step)
+    services = open_services(session, store, engines, state, measure, health)
     recovery = Recovery(config, engines, services, world, past.roll_backs)
     recovery.load(past.memory)
     resolved = resolved_config_dict(config, session.ds, session.plan)

@@ -16,6 +16,7 @@ from pipeline.commands_export import export_command
 from pipeline.commands_extend import extend_command
 from pipeline.commands_launch import launch_command
 from pipeline.commands_plan import plan_command
+from pipeline.commands_report import report_command
 from pipeline.commands_submit import status_command, submit_command
 from pipeline.train import leave
 from pipeline.train import run as run_training
@@ -55,6 +56,7 @@ app.command("plan")(plan_command)
 app.command("doctor")(doctor_command)
 app.command("submit")(submit_command)
 app.command("status")(status_command)
+app.command("report")(report_command)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 

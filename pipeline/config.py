@@ -215,6 +215,9 @@ class ReferenceSection(Section):
     """Sequences in one optimizer step."""
     gradient_clipping: PositiveFloat | None = None
     """Global gradient norm at which each network is clipped."""
+    curve: str = ""
+    """File with the losses of runs that were made (`deberta report --write-reference`), to say by
+    which steps this one is healthy; empty looks for one that comes with the program."""
 
 
 class RunConfig(Section):

@@ -5,6 +5,7 @@ start       what a model that is continued brings, where initialize.path is give
 parameters  of each network, counted on networks without memory
 batch       split over the ranks; precision, sharding and clipping
 steps       sequences and tokens of a step, where they change
+reference   runs that were made of this configuration, where there are any
 run         tokens and operations of the whole run
 memory      of weights, gradients and optimizer on a rank
 """
@@ -16,6 +17,7 @@ from pipeline.flops import training_flops
 from pipeline.initialize.pair import initialize_pair
 from pipeline.mixture_sources import describe_mixture
 from pipeline.phases import TrainSchedule, train_schedule
+from pipeline.reference_curves import find_reference
 from pipeline.run_data import RunData, open_run_data
 
 _PETAFLOP_DAY = 1e15 * 24 * 60 * 60
@@ -49,6 +51,7 @@ def describe_run(config: RunConfig, ds: DeepSpeedConfig, world_size: int) -> lis
         "parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         *ds.explain(plan, config.data.sequence_length),
         *schedule.explain(),
+        *_reference_lines(config, plan.train_batch_size),
         _run_line(config, schedule, plan.train_batch_size),
         memory_line(sum(counts.values()), ds, world_size),
         *(f"warning: {text}" for text in combine_checks(config, ds)),
@@ -63,6 +66,15 @@ def _run_line(config: RunConfig, schedule: TrainSchedule, train_batch_size: int)
         f"run: {steps:,} steps, {tokens:.4g} tokens, {flops:.4g} FLOPs"
         f" = {flops / _PETAFLOP_DAY:.4g} PetaFLOP-days"
     )
+
+
+def _reference_lines(config: RunConfig, train_batch_size: int) -> list[str]:
+    """Name the runs that this one will be compared with."""
+    reference = find_reference(config, train_batch_size)
+    if reference is None:
+        return []
+    steps = ", ".join(f"{step:,}" for step in reference.milestones)
+    return [f"reference: {reference.label}; compared at steps {steps}"]
 
 
 def _data_lines(config: RunConfig, data: RunData, schedule: TrainSchedule) -> list[str]:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,13 +38,21 @@ def describe(figures: dict[str, float]) -> str:
 class ProgressDisplay:
     """Shows steps done, the last figures and the time that is left; rank 0 only."""
 
-    def __init__(self, first_step: int, max_steps: int) -> None:
+    def __init__(
+        self,
+        first_step: int,
+        max_steps: int,
+        health: Callable[[int], str] = lambda _step: "",
+    ) -> None:
         """Start the display.
 
         Args:
             first_step: Completed steps at the start.
             max_steps: Steps of the whole run.
+            health: Says behind the row of a step how the run stands beside others; nothing at most
+                steps.
         """
+        self._health = health
         self._max_steps = max_steps
         self._first_step = first_step
         self._started_seconds = time.monotonic()
@@ -80,6 +89,8 @@ class ProgressDisplay:
             self._live.update(self._task, description=describe(figures))
         else:
             self.say(f"step {step:,}/{self._max_steps:,}  {describe(figures)}  {self._left(step)}")
+        if line := self._health(step):
+            self.say(line)
 
     def say(self, text: str) -> None:
         """Print one line without tearing the bar.

@@ -88,6 +88,7 @@ def open_services(
     engines: Engines,
     state: TrainState,
     evaluate: Callable[[Callable[[], bool]], dict[str, float] | None],
+    health: Callable[[int], str],
 ) -> Services:
     """Open what the loop calls besides the step.
 
@@ -97,6 +98,7 @@ def open_services(
         engines: The networks.
         state: Where the loop begins; rows behind it are dropped.
         evaluate: Held-out figures, see `Services`.
+        health: Says behind the row of a step how the run stands beside others.
 
     Returns:
         The services; a collective.
@@ -107,7 +109,7 @@ def open_services(
         folder.cut_metrics(state.step, owes_evaluation=state.owes_evaluation)
         tensorboard: Path = folder.path / "tensorboard"
         metrics = MetricsWriter(folder.metrics, tensorboard, purge_step=state.step + 1)
-        progress = ProgressDisplay(state.step, config.schedule.max_steps)
+        progress = ProgressDisplay(state.step, config.schedule.max_steps, health)
     return Services(
         control_group=session.control_group,
         checkpoints=store,

@@ -22,14 +22,16 @@ LAYERS = {
     "mixture mixture_sources",
     3: "optimizer metrics metrics_writer runtime run_folder throughput prefetch progress faults "
     "watchdog hang_report rendezvous run_lock stragglers stop_signal skip_list spikes profiling "
-    "memory_snapshot compilation slurm_ranks flight_record host_memory resources",
+    "memory_snapshot compilation slurm_ranks flight_record host_memory resources "
+    "reference_curves energy",
     4: "engine rank_files engine_state engine_reads engine_reload engine_stepping replicas",
     5: "trainer checkpoint commit step objective_keys assemble banner export export_reload "
     "export_verify hf_layout model_card evaluate compare run_data weights guard initialize "
     "session run_services training_step train_state recovery commit_writer commit_upkeep "
-    "commit_conversion resume divergence extend preflight launch submit",
+    "commit_conversion resume divergence extend preflight launch submit report",
     6: "cli commands_plan commands_extend commands_checkpoint commands_export commands_evaluate "
-    "commands_compare commands_doctor commands_launch commands_submit train dry_run demo",
+    "commands_compare commands_doctor commands_launch commands_submit commands_report "
+    "train dry_run demo",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 CONTRACT = {"data_prep.errors", "data_prep.manifest", "data_prep.shards", "data_prep.tokenizer"}

@@ -1,0 +1,1 @@
+"""`deberta report`: the curves and events of runs on one page."""

@@ -1,0 +1,114 @@
+"""Panels as figures: SVG for the page, PNG beside it.
+
+- `draw`: a panel -> a matplotlib figure, without a display.
+- `svg_text`, `write_png`: that figure as a file.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.report.history import Event
+from pipeline.report.panels import Line, Panel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which people with any colour vision tell apart.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_STYLES = ("-", "--", ":", "-.")
+_EVENT_COLOURS = {"resume": "#999999", "requeue": "#999999"}
+_FAULT_COLOUR = "#c00000"
+_MAX_LEGEND = 8
+
+
+def draw(panel: Panel, events: Sequence[tuple[float, Event]], x_label: str) -> "Figure":
+    """Draw a panel.
+
+    Args:
+        panel: What it shows.
+        events: Where on the axis something happened.
+        x_label: What the axis counts.
+
+    Returns:
+        The figure.
+    """
+    # Not pyplot, which keeps figures and wants a display.
+    from matplotlib.figure import Figure  # costs a second to import
+
+    figure = Figure(figsize=(7.2, 3.4))
+    # Fixed margins: to find the best ones takes as long as to draw.
+    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.15, top=0.95)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    one_run = len({line.run for line in panel.lines if line.run >= 0}) == 1
+    for line in panel.lines:
+        _draw_line(axes, line, one_run)
+    for line in panel.marks:
+        colour = _COLOURS[(line.run + one_run) % len(_COLOURS)]
+        xs, ys = [p.x for p in line.points], [p.y for p in line.points]
+        axes.plot(xs, ys, "o", color=colour, markersize=4.5, label=line.label)
+    for where, event in events:
+        colour = _EVENT_COLOURS.get(event.kind, _FAULT_COLOUR)
+        axes.axvline(where, color=colour, linewidth=0.8, linestyle=":")
+    if panel.is_logarithmic:
+        axes.set_yscale("log")
+    axes.set(xlabel=x_label, ylabel=panel.unit)
+    axes.grid(alpha=0.25)
+    if len(panel.lines) + len(panel.marks) <= _MAX_LEGEND:
+        axes.legend(fontsize="small", frameon=False)
+    return figure
+
+
+def _draw_line(axes: "Axes", line: Line, one_run: bool) -> None:
+    xs, ys = [p.x for p in line.points], [p.y for p in line.points]
+    low, high = [p.low for p in line.points], [p.high for p in line.points]
+    if line.run < 0:
+        axes.plot(xs, ys, color="#777777", linewidth=1.2, linestyle="--", label=line.label)
+        axes.fill_between(xs, low, high, color="#777777", alpha=0.15, linewidth=0)
+        return
+    # Runs are told apart by colour; within one run, figures are.
+    colour = _COLOURS[(line.figure if one_run else line.run) % len(_COLOURS)]
+    style = "-" if one_run else _STYLES[line.figure % len(_STYLES)]
+    marker = "o" if len(xs) == 1 else None
+    axes.plot(xs, ys, color=colour, linewidth=1.5, linestyle=style, marker=marker, label=line.label)
+    if low != high:
+        axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+    if line.not_finite:
+        top = [1.0] * len(line.not_finite)
+        axes.plot(
+            *(line.not_finite, top, "v"),
+            color=_FAULT_COLOUR,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+            label=f"{line.label}: not finite",
+        )
+
+
+def svg_text(figure: "Figure") -> str:
+    """Write a figure as SVG.
+
+    Args:
+        figure: The figure.
+
+    Returns:
+        The same text for the same figure: without a date, and with fixed ids.
+    """
+    from matplotlib import rc_context
+
+    written = io.StringIO()
+    with rc_context({"svg.hashsalt": "report"}):
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    return written.getvalue()
+
+
+def write_png(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG.
+
+    Args:
+        figure: The figure.
+        path: The file.
+    """
+    figure.savefig(path, format="png", dpi=130)
