@@ -31,6 +31,10 @@ def export_command(
     dtype: Annotated[
         Literal["fp32", "fp16", "bf16"], typer.Option(help="How the weights are stored.")
     ] = "fp32",
+    license: Annotated[
+        str,
+        typer.Option(help='For the model cards, as the hub names it: "mit", "apache-2.0", ...'),
+    ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -43,7 +47,9 @@ def export_command(
     """
     from pipeline.export import export_run  # costs seconds to import
 
-    report = export_run(run_or_commit, output, dataset=dataset, dtype=dtype, force=force)
+    report = export_run(
+        run_or_commit, output, dataset=dataset, dtype=dtype, licence=license, force=force
+    )
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:

@@ -199,6 +199,12 @@ class EvaluationSection(Section):
     """Optimizer steps between evaluations; 0 evaluates only at the end."""
     max_sequences: PositiveInt = 2048
     """Held-out sequences of one evaluation."""
+    minimal_pairs: str = ""
+    """File of sentence pairs (`sentence_good`, `sentence_bad`) that both networks are probed with
+    at every evaluation, without training; empty for none."""
+    minimal_pairs_compute_fraction: Probability = 0.005
+    """What the probe may cost of the training between two evaluations, in operations; it takes so
+    many pairs."""
 
 
 class LoggingSection(Section):

@@ -12,13 +12,14 @@ memory      of weights, gradients and optimizer on a rank
 
 from pipeline.banner import memory_line, parameter_counts
 from pipeline.config import RunConfig
-from pipeline.ds_config import DeepSpeedConfig, combine_checks
+from pipeline.ds_config import BatchPlan, DeepSpeedConfig, combine_checks
 from pipeline.flops import training_flops
 from pipeline.initialize.pair import initialize_pair
 from pipeline.mixture_sources import describe_mixture
 from pipeline.phases import TrainSchedule, train_schedule
 from pipeline.reference_curves import find_reference
 from pipeline.run_data import RunData, open_run_data
+from pipeline.run_services import probe_pairs
 
 _PETAFLOP_DAY = 1e15 * 24 * 60 * 60
 
@@ -42,7 +43,7 @@ def describe_run(config: RunConfig, ds: DeepSpeedConfig, world_size: int) -> lis
     lines = []
     if config.data.path:
         data = open_run_data(config)
-        lines += _data_lines(config, data, schedule)
+        lines += _data_lines(config, data, schedule) + _probe_lines(config, plan, data)
         if config.initialize.path:
             lines += [f"start: {note}" for note in initialize_pair(config, data.tokenizer).notes]
     counts = parameter_counts(config)
@@ -66,6 +67,18 @@ def _run_line(config: RunConfig, schedule: TrainSchedule, train_batch_size: int)
         f"run: {steps:,} steps, {tokens:.4g} tokens, {flops:.4g} FLOPs"
         f" = {flops / _PETAFLOP_DAY:.4g} PetaFLOP-days"
     )
+
+
+def _probe_lines(config: RunConfig, plan: BatchPlan, data: RunData) -> list[str]:
+    """Say with how many pairs of sentences the networks are probed."""
+    if data.minimal_pairs is None:
+        return []
+    count, every = len(probe_pairs(config, plan, data.minimal_pairs)), len(data.minimal_pairs.pairs)
+    share = config.evaluation.minimal_pairs_compute_fraction
+    return [
+        f"minimal pairs: {count:,} of {every:,} for {share:.2%} of the training's operations; "
+        f"{data.minimal_pairs.num_left_out:,} cannot be used"
+    ]
 
 
 def _reference_lines(config: RunConfig, train_batch_size: int) -> list[str]:

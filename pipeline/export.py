@@ -29,6 +29,7 @@ from data_prep.tokenizer import Tokenizer
 from pipeline.commit import Commit, list_commits, read_manifest, verify_commit
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config
+from pipeline.energy import cost_of
 from pipeline.export_verify import Verification, verify_export
 from pipeline.hf_layout import (
     WEIGHTS_FILE,
@@ -38,7 +39,10 @@ from pipeline.hf_layout import (
     repository_config,
     repository_tensors,
 )
-from pipeline.model_card import ExportFacts, heldout_row, model_card
+from pipeline.model_card import CURVES, ExportFacts, heldout_row, model_card
+from pipeline.report.drawing import write_png
+from pipeline.report.history import RunHistory, read_history
+from pipeline.report.page import overview
 from pipeline.run_folder import fsync_file, fsync_folder
 from pipeline.sequences import SequenceStream
 from pipeline.weights import load_commit_pair
@@ -127,6 +131,7 @@ def export_run(
     *,
     dataset: Path | None = None,
     dtype: ExportDtype = "fp32",
+    licence: str = "",
     force: bool = False,
 ) -> ExportReport:
     """Export a commit as two repositories, proven before they appear.
@@ -136,6 +141,7 @@ def export_run(
         output: Folder to make; `discriminator` and `generator` are made in it.
         dataset: Where the dataset is now; data.path of the run where None.
         dtype: How weights are stored.
+        licence: For the cards, an identifier of the hub such as "mit"; empty leaves it open.
         force: Replace an earlier export.
 
     Returns:
@@ -156,7 +162,8 @@ def export_run(
     parameters = {name: sum(t.numel() for t in part.values()) for name, part in tensors.items()}
     reference = pair if dtype == "fp32" else pair_from_tensors(config, tensors)
     with _published(output) as partial:
-        _write_repositories(partial, commit, config, data.tokenizer_folder, tensors, dtype)
+        facts = _facts(commit, config, dtype, licence)
+        _write_repositories(partial, commit, facts, data.tokenizer_folder, tensors)
         verification = verify_export(
             partial,
             reference,
@@ -243,33 +250,62 @@ def _published(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _facts(commit: Commit, config: RunConfig, dtype: ExportDtype, licence: str) -> ExportFacts:
+    """Gather what the cards tell."""
+    saved = commit.read_json("train_state.json")
+    identity = saved["identity"]
+    environment = identity["environment"]
+    history = _history_behind(commit)
+    device = environment.get("device", "cpu")
+    return ExportFacts(
+        config=config,
+        step=commit.step,
+        tokens=saved["tokens"],
+        dtype=dtype,
+        dataset_fingerprint=identity["dataset_fingerprint"],
+        dataset_command=identity["dataset"]["command"],
+        tokenizer_fingerprint=identity["tokenizer_fingerprint"],
+        versions=_package_versions(environment),
+        cost=cost_of(
+            history.rows if history else (),
+            commit.step,
+            identity["world_size"],
+            environment.get("processor", "CPU") if device == "cpu" else device,
+        ),
+        licence=licence,
+        history=history,
+        heldout=heldout_row(commit.path.parent.parent / "metrics.jsonl", commit.step),
+    )
+
+
+def _history_behind(commit: Commit) -> RunHistory | None:
+    """Read the run that a commit lies in; None where it lies elsewhere, or its rows are damaged."""
+    folder = commit.path.parent.parent
+    try:
+        history = read_history(folder, folder.name)
+    except UserError as error:
+        logger.warning("%s; the cards come without curves", error)
+        return None
+    rows = tuple(row for row in history.rows if row["step"] <= commit.step)
+    return dataclasses.replace(history, rows=rows) if rows else None
+
+
 def _write_repositories(
     partial: Path,
     commit: Commit,
-    config: RunConfig,
+    facts: ExportFacts,
     tokenizer_folder: Path,
     tensors: dict[str, Tensors],
-    dtype: ExportDtype,
 ) -> None:
     """Write every file of both repositories."""
+    config, dtype = facts.config, facts.dtype
     resolved = commit.read_json("config.resolved.json")
-    identity = commit.read_json("train_state.json")["identity"]
     export = {
-        "step": commit.step,
+        "step": facts.step,
         "dtype": dtype,
-        "dataset_fingerprint": identity["dataset_fingerprint"],
-        "tokenizer_fingerprint": identity["tokenizer_fingerprint"],
+        "dataset_fingerprint": facts.dataset_fingerprint,
+        "tokenizer_fingerprint": facts.tokenizer_fingerprint,
     }
-    facts = ExportFacts(
-        config=config,
-        step=commit.step,
-        tokens=commit.read_json("train_state.json")["tokens"],
-        dtype=dtype,
-        dataset_fingerprint=identity["dataset_fingerprint"],
-        tokenizer_fingerprint=identity["tokenizer_fingerprint"],
-        versions=_package_versions(identity["environment"]),
-        heldout=heldout_row(commit.path.parent.parent / "metrics.jsonl", commit.step),
-    )
     for name, network in config.networks.items():
         repository, architecture = partial / name, ARCHITECTURES[name]
         repository.mkdir()
@@ -281,6 +317,8 @@ def _write_repositories(
         _write_json(repository / PRETRAINING_CONFIG, {**resolved, "export": export})
         _copy_tokenizer(tokenizer_folder, repository, network.max_position_embeddings)
         parameters = sum(tensor.numel() for tensor in tensors[name].values())
+        if facts.history is not None:
+            write_png(overview(facts.history), repository / CURVES)
         card = model_card(name, facts, parameters)
         (repository / "README.md").write_text(card, encoding="utf-8")
 

@@ -14,7 +14,8 @@ import re
 
 from pipeline.config import NetworkSection, RunConfig
 
-_TRAINING_FORWARDS = 3
+TRAINING_FORWARDS = 3
+"""Forward passes that one of training, with its backward pass, is worth."""
 
 PEAK_DENSE_FLOPS = {
     "H100 NVL": 835e12,
@@ -88,7 +89,7 @@ def training_flops_per_token(config: RunConfig, sequence_length: int | None = No
     if d is not None:
         # Both heads of replaced token detection have one dense layer.
         forward += _encoder_flops(d, length, d.num_hidden_layers) + 2 * d.hidden_size**2
-    return _TRAINING_FORWARDS * forward
+    return TRAINING_FORWARDS * forward
 
 
 def training_flops(config: RunConfig, train_batch_size: int) -> float:

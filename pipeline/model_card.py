@@ -3,7 +3,7 @@
     ExportFacts    what the card tells, gathered by `pipeline.export`
     model_card     front matter by huggingface_hub, then Markdown
 
-The licence is left to the user: weights inherit duties from the text, which only they know.
+The licence is the user's to say: weights inherit duties from the text, which only they know.
 """
 
 import json
@@ -14,7 +14,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from pipeline.config import RunConfig
+from pipeline.energy import RunCost, board_watts
+from pipeline.hf_layout import ExportDtype
+from pipeline.report.history import RunHistory
 
+CURVES = "curves.png"
+"""Picture of the run's losses, beside the card."""
 _PAPER = "https://arxiv.org/abs/2111.09543"
 
 _DISCRIMINATOR = """\
@@ -86,7 +91,10 @@ _TRAINING = """
 | sequence length | {length} |
 | parameters here | {parameters:,} |
 | stored as | {dtype} |
+| computed on | {hardware} |
+| energy | {energy} |
 | dataset fingerprint (sha256 of its manifest) | `{dataset_fingerprint}` |
+| dataset made by | `{dataset_command}` |
 | tokenizer fingerprint (sha256 of spm.model) | `{tokenizer_fingerprint}` |
 | trained with | {versions} |
 
@@ -100,6 +108,13 @@ deberta export RUN OUTPUT
 """
 
 
+_CURVES_SECTION = f"""
+## Curves
+
+![Losses, accuracies and learning rates over the optimizer steps]({CURVES})
+"""
+
+
 @dataclass(frozen=True)
 class ExportFacts:
     """What a card tells of an export."""
@@ -108,11 +123,19 @@ class ExportFacts:
     step: int
     tokens: int
     """Of all steps, padding included."""
-    dtype: str
+    dtype: ExportDtype
     dataset_fingerprint: str
     tokenizer_fingerprint: str
+    dataset_command: str
+    """That built the dataset."""
     versions: dict[str, str]
     """Package -> version, of the training."""
+    cost: RunCost | None
+    """None where the rows of the run are not at hand."""
+    licence: str
+    """Identifier of the hub, such as "mit"; empty where the user has not said."""
+    history: RunHistory | None
+    """Of the run up to this step, whose curves lie beside the card; None where not at hand."""
     heldout: dict[str, Any] | None
     """The row of metrics.jsonl with the newest held-out figures up to this step."""
 
@@ -153,7 +176,7 @@ def model_card(network: str, facts: ExportFacts, parameters: int) -> str:
     """
     data = ModelCardData(
         library_name="transformers",
-        license="other",
+        license=facts.licence or "other",
         tags=[_family(facts.config).lower(), *_task_tags(facts.config, network)],
         # Without a pipeline tag the hub would offer the generator for fill-mask.
         pipeline_tag="feature-extraction",
@@ -167,10 +190,33 @@ def model_card(network: str, facts: ExportFacts, parameters: int) -> str:
         dataset_fingerprint=facts.dataset_fingerprint,
         tokenizer_fingerprint=facts.tokenizer_fingerprint,
         versions=", ".join(f"{name} {version}" for name, version in facts.versions.items()),
+        dataset_command=facts.dataset_command.replace("|", "\\|"),
+        hardware=_hardware(facts.cost),
+        energy=_energy(facts.cost),
     )
+    text += _CURVES_SECTION if facts.history else ""
     text += _heldout_section(facts.heldout)
-    text += "\n## Licence\n\nNot chosen yet. Set `license` above to one that fits the text.\n"
+    unknown = "Not chosen yet. Set `license` above to one that fits the text."
+    text += f"\n## Licence\n\n{facts.licence or unknown}\n"
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def _hardware(cost: RunCost | None) -> str:
+    """Say on what and how long it was computed."""
+    if cost is None:
+        return "not known: the rows of the run were not at hand"
+    return f"{cost.devices} x {cost.device}, {cost.hours:,.3g} hours in the steps that count"
+
+
+def _energy(cost: RunCost | None) -> str:
+    """Estimate what the devices took."""
+    if cost is None or (energy := cost.kilowatt_hours) is None:
+        return "not estimated: the power of the device is not known"
+    watts = board_watts(cost.device)
+    return (
+        f"about {energy:,.3g} kWh: {cost.device_hours:,.3g} device-hours at the board's {watts} W; "
+        "hosts, network and cooling are not in it"
+    )
 
 
 def _head(network: str, config: RunConfig) -> str:

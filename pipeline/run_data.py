@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data_prep.errors import CorruptError, UserError
@@ -10,6 +11,7 @@ from data_prep.manifest import SPLITS, Manifest
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
 from pipeline.config import RunConfig
+from pipeline.evaluate.minimal_pairs import MinimalPairs, read_minimal_pairs
 from pipeline.masking import MaskingVocabulary
 from pipeline.objective_keys import ObjectiveKeys
 from pipeline.sequences import SequenceStream
@@ -30,6 +32,8 @@ class RunData:
     train_keys: dict[int, ObjectiveKeys]
     """By sequence length: masks and draws of training."""
     heldout_keys: ObjectiveKeys
+    minimal_pairs: MinimalPairs | None = None
+    """What the networks are probed with."""
 
     def describe(self) -> str:
         """Sum up the data for the banner.
@@ -59,7 +63,8 @@ def open_run_data(config: RunConfig) -> RunData:
         The open data.
 
     Raises:
-        UserError: The vocabulary differs, or there is nothing to train on.
+        UserError: The vocabulary differs, there is nothing to train on, or
+            evaluation.minimal_pairs cannot be used.
         CorruptError: The dataset is not what was written.
     """
     dataset = Dataset.open(config.data.path)
@@ -85,6 +90,7 @@ def open_run_data(config: RunConfig) -> RunData:
     def keys(length: int, split: str) -> ObjectiveKeys:
         return ObjectiveKeys(config.objective, config.run.seed, length, vocabulary, split)
 
+    probe = config.evaluation.minimal_pairs
     return RunData(
         dataset,
         tokenizer,
@@ -92,6 +98,7 @@ def open_run_data(config: RunConfig) -> RunData:
         SequenceStream(dataset, "heldout", final),
         {length: keys(length, "train") for length in lengths},
         keys(final, "heldout"),
+        read_minimal_pairs(Path(probe), tokenizer, final) if probe else None,
     )
 
 

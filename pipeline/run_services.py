@@ -7,9 +7,18 @@ from pathlib import Path
 
 from pipeline.checkpoint import CheckpointStore
 from pipeline.commit_writer import room_for
+from pipeline.config import RunConfig
+from pipeline.ds_config import BatchPlan
 from pipeline.engine import Engines
 from pipeline.engine_state import MOMENTS, state_bytes
 from pipeline.evaluate.heldout import evaluate_heldout
+from pipeline.evaluate.minimal_pairs import (
+    MinimalPair,
+    MinimalPairs,
+    evaluate_minimal_pairs,
+    within_budget,
+)
+from pipeline.flops import TRAINING_FORWARDS
 from pipeline.metrics_writer import MetricsWriter
 from pipeline.mixture_sources import heldout_samples
 from pipeline.progress import ProgressDisplay
@@ -133,7 +142,7 @@ def evaluate(
     step: TrainingStep,
     should_stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Evaluate the engines' networks on the held-out split; a collective.
+    """Evaluate the engines' networks on the held-out split and on pairs of sentences; a collective.
 
     Args:
         session: This start.
@@ -143,22 +152,72 @@ def evaluate(
         should_stop: Asked before every batch, with the same answer on all ranks.
 
     Returns:
-        The `eval/*` figures; none where nothing is held out, None where a stop came between.
+        The `eval/*` figures; none where there is nothing to evaluate on, None where a stop came
+        between.
     """
-    if data.heldout.num_sequences == 0:
-        return {}
     engines.train(False)
     try:
-        return evaluate_heldout(
-            step.predict,
-            stream=data.heldout,
-            keys=data.heldout_keys,
-            chosen=heldout_samples(
-                data.heldout, session.config.data, session.config.evaluation.max_sequences
-            ),
-            batch_size=session.plan.train_micro_batch_size_per_gpu,
-            world=session.world,
-            should_stop=should_stop,
-        )
+        heldout = _evaluate_heldout(session, data, step, should_stop)
+        probe = None if heldout is None else _probe(session, data, step, should_stop)
+        return None if heldout is None or probe is None else {**heldout, **probe}
     finally:
         engines.train(True)
+
+
+def _evaluate_heldout(
+    session: Session, data: RunData, step: TrainingStep, should_stop: Callable[[], bool]
+) -> dict[str, float] | None:
+    if data.heldout.num_sequences == 0:
+        return {}
+    return evaluate_heldout(
+        step.predict,
+        stream=data.heldout,
+        keys=data.heldout_keys,
+        chosen=heldout_samples(
+            data.heldout, session.config.data, session.config.evaluation.max_sequences
+        ),
+        batch_size=session.plan.train_micro_batch_size_per_gpu,
+        world=session.world,
+        should_stop=should_stop,
+    )
+
+
+def _probe(
+    session: Session, data: RunData, step: TrainingStep, should_stop: Callable[[], bool]
+) -> dict[str, float] | None:
+    """Score as many minimal pairs as their share of the operations allows."""
+    if data.minimal_pairs is None:
+        return {}
+    pairs = probe_pairs(session.config, session.plan, data.minimal_pairs)
+    if not pairs:
+        return {}
+    length = session.config.data.sequence_length
+    return evaluate_minimal_pairs(
+        step.predict,
+        pairs,
+        mask_id=data.minimal_pairs.mask_id,
+        draw=data.heldout_keys.draw,
+        max_forward_tokens=session.plan.train_micro_batch_size_per_gpu * length,
+        world=session.world,
+        should_stop=should_stop,
+    )
+
+
+def probe_pairs(config: RunConfig, plan: BatchPlan, pairs: MinimalPairs) -> tuple[MinimalPair, ...]:
+    """Choose the minimal pairs that a run is probed with.
+
+    Args:
+        config: Its evaluation, and how much is trained between two of them.
+        plan: Its batch.
+        pairs: All pairs.
+
+    Returns:
+        Those whose forward passes take at most evaluation.minimal_pairs_compute_fraction of the
+        operations of training; the same at every evaluation.
+    """
+    evaluation = config.evaluation
+    steps = min(evaluation.interval_steps or config.schedule.max_steps, config.schedule.max_steps)
+    trained_tokens = steps * plan.train_batch_size * config.data.sequence_length
+    # A token of training is three forward passes (`pipeline.flops`); short sentences cost less.
+    budget = TRAINING_FORWARDS * trained_tokens * evaluation.minimal_pairs_compute_fraction
+    return within_budget(pairs, budget)

@@ -80,6 +80,7 @@ def write_commit(config: RunConfig, step: int, pair: NetworkPair | None = None) 
     dataset = Dataset.open(config.data.path)
     identity = {
         "dataset_fingerprint": dataset.fingerprint,
+        "dataset": {"command": "deberta-prep build a|b"},
         "tokenizer_fingerprint": dataset.manifest.tokenizer_fingerprint,
         "world_size": 2,
         "environment": {"torch": "0.0-test", "python": "3.0-test", "host": "secret-host"},

@@ -1,6 +1,7 @@
 """Panels as figures: SVG for the page, PNG beside it.
 
 - `draw`: a panel -> a matplotlib figure, without a display.
+- `draw_together`: several panels -> one figure.
 - `svg_text`, `write_png`: that figure as a file.
 """
 
@@ -22,6 +23,7 @@ _STYLES = ("-", "--", ":", "-.")
 _EVENT_COLOURS = {"resume": "#999999", "requeue": "#999999"}
 _FAULT_COLOUR = "#c00000"
 _MAX_LEGEND = 8
+_COLUMNS = 2
 
 
 def draw(panel: Panel, events: Sequence[tuple[float, Event]], x_label: str) -> "Figure":
@@ -41,7 +43,36 @@ def draw(panel: Panel, events: Sequence[tuple[float, Event]], x_label: str) -> "
     figure = Figure(figsize=(7.2, 3.4))
     # Fixed margins: to find the best ones takes as long as to draw.
     figure.subplots_adjust(left=0.11, right=0.98, bottom=0.15, top=0.95)
-    axes = figure.subplots()
+    _draw_panel(figure.subplots(), panel, events, x_label)
+    return figure
+
+
+def draw_together(panels: Sequence[Panel], x_label: str) -> "Figure":
+    """Draw panels beside and below each other, with their titles.
+
+    Args:
+        panels: What they show.
+        x_label: What the axes count.
+
+    Returns:
+        The figure.
+    """
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // _COLUMNS)
+    figure = Figure(figsize=(7.2 * _COLUMNS, 3.8 * rows), layout="constrained")
+    places = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+    for axes, panel in zip(places, panels, strict=False):
+        _draw_panel(axes, panel, (), x_label)
+        axes.set_title(panel.title, fontsize="medium")
+    for axes in [*places][len(panels) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _draw_panel(
+    axes: "Axes", panel: Panel, events: Sequence[tuple[float, Event]], x_label: str
+) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     one_run = len({line.run for line in panel.lines if line.run >= 0}) == 1
     for line in panel.lines:
@@ -59,7 +90,6 @@ def draw(panel: Panel, events: Sequence[tuple[float, Event]], x_label: str) -> "
     axes.grid(alpha=0.25)
     if len(panel.lines) + len(panel.marks) <= _MAX_LEGEND:
         axes.legend(fontsize="small", frameon=False)
-    return figure
 
 
 def _draw_line(axes: "Axes", line: Line, one_run: bool) -> None:

@@ -1,6 +1,7 @@
 """Runs as one HTML page that needs nothing beside it, and a PNG of every plot.
 
 - `write_report`: OUTPUT/report.html and OUTPUT/PANEL.png.
+- `overview`: some plots of a run in one picture, for a model card.
 - `RunFacts`: what the page's first table says of a run.
 
 Plots are in the page as SVG; the values that they show are in it as JSON (`<script id="data">`),
@@ -14,19 +15,24 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.reference_curves import ReferenceCurve, Verdict, find_reference, judge
-from pipeline.report.drawing import draw, svg_text, write_png
+from pipeline.report.drawing import draw, draw_together, svg_text, write_png
 from pipeline.report.history import Event, RunHistory
 from pipeline.report.panels import Panel, panels_of
 from pipeline.run_folder import write_durably
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PAGE = "report.html"
 _X_LABELS = {"steps": "optimizer steps", "tokens": "tokens"}
 _HELDOUT_ROWS = 20
+_OVERVIEW = ("mlm-loss", "rtd-loss", "mlm-accuracy", "rtd-accuracy", "learning-rate")
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,19 @@ def write_report(
     text = _render(runs, facts, panels, images, command)
     write_durably(output / PAGE, text)
     return facts
+
+
+def overview(run: RunHistory) -> "Figure":
+    """Draw what a model card shows of a run.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Its losses, accuracies and learning rates in one figure.
+    """
+    shown = [panel for panel in panels_of([run], (), "steps") if panel.name in _OVERVIEW]
+    return draw_together(shown, _X_LABELS["steps"])
 
 
 def _placed_events(runs: Sequence[RunHistory], x: str) -> list[tuple[float, Event]]:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import matplotlib.image
 import pytest
+from huggingface_hub import ModelCard
 
 from tests.forked_worlds import train
 from tests.worlds import ROOT, environment, rows
@@ -50,7 +53,7 @@ def trained(tiny_run, deepspeed_json, dataset_folder, tmp_path):
     run, export = tmp_path / "run", tmp_path / "export"
     code, output = train(tiny_run(dropout=0.1), deepspeed_json(1, 4), dataset_folder, run)
     assert code == 0, output
-    code, output, errors = deberta("export", run, export)
+    code, output, errors = deberta("export", run, export, "--license", "cc-by-4.0")
     assert code == 0, errors
     return SimpleNamespace(run=run, export=export, output=output)
 
@@ -58,10 +61,23 @@ def trained(tiny_run, deepspeed_json, dataset_folder, tmp_path):
 def test_from_run_to_scores(trained, dataset_folder, tmp_path):
     assert "step 12" in trained.output
     assert "AutoModel.from_pretrained" in trained.output
+    cards_tell_of_the_run(trained)
     stranger_loads(trained.export, dataset_folder, tmp_path)
     heldout_figures_are_those_of_training(trained, dataset_folder)
     fine_tuning(trained.export, tmp_path)
     mistakes(trained)
+
+
+def cards_tell_of_the_run(trained):
+    for repository in trained.export.iterdir():
+        card = ModelCard.load(repository / "README.md")
+        assert card.data.license == "cc-by-4.0"
+        assert re.search(r"\| computed on \| 1 x .*, 0\.\d+ hours in the steps", card.text)
+        assert "`deberta-prep build " in card.text
+        assert "](curves.png)" in card.text
+        height, width, _ = matplotlib.image.imread(repository / "curves.png").shape
+        assert height > 1000
+        assert width > 1000
 
 
 def stranger_loads(export, dataset_folder, tmp_path):

@@ -167,6 +167,12 @@ def test_card(exported, random_run):
         assert "At step 40" in card.text
         assert "| tokens seen | 12,800 |" in card.text
         assert "torch 0.0-test" in card.text
+        assert "| dataset made by | `deberta-prep build a\\|b` |" in card.text
+        # A commit without its run has neither curves nor times.
+        assert "| computed on | not known: the rows of the run were not at hand |" in card.text
+        assert "| energy | not estimated: the power of the device is not known |" in card.text
+        assert "curves.png" not in card.text
+        assert "Not chosen yet. Set `license` above" in card.text
         assert "secret-host" not in card.text
     fingerprint = find_commit(random_run.commit).read_json("train_state.json")["identity"]
     assert fingerprint["dataset_fingerprint"] in texts["discriminator"]
