@@ -31,6 +31,9 @@ def export_command(
     dtype: Annotated[
         Literal["fp32", "fp16", "bf16"], typer.Option(help="How the weights are stored.")
     ] = "fp32",
+    average: Annotated[
+        int, typer.Option(min=1, help="Mean of the weights of so many newest checkpoints.")
+    ] = 1,
     license: Annotated[
         str,
         typer.Option(help='For the model cards, as the hub names it: "mit", "apache-2.0", ...'),
@@ -48,7 +51,13 @@ def export_command(
     from pipeline.export import export_run  # costs seconds to import
 
     report = export_run(
-        run_or_commit, output, dataset=dataset, dtype=dtype, licence=license, force=force
+        run_or_commit,
+        output,
+        dataset=dataset,
+        dtype=dtype,
+        licence=license,
+        average=average,
+        force=force,
     )
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))

@@ -29,7 +29,7 @@ from data_prep.tokenizer import Tokenizer
 from pipeline.commit import Commit, list_commits, read_manifest, verify_commit
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config
-from pipeline.energy import cost_of
+from pipeline.export_facts import export_facts
 from pipeline.export_verify import Verification, verify_export
 from pipeline.hf_layout import (
     WEIGHTS_FILE,
@@ -39,13 +39,12 @@ from pipeline.hf_layout import (
     repository_config,
     repository_tensors,
 )
-from pipeline.model_card import CURVES, ExportFacts, heldout_row, model_card
+from pipeline.model_card import CURVES, ExportFacts, model_card
 from pipeline.report.drawing import write_png
-from pipeline.report.history import RunHistory, read_history
 from pipeline.report.page import overview
 from pipeline.run_folder import fsync_file, fsync_folder
 from pipeline.sequences import SequenceStream
-from pipeline.weights import load_commit_pair
+from pipeline.weights import load_average_pair
 
 PRETRAINING_CONFIG = "pretraining_config.json"
 ARCHITECTURES = {"discriminator": "DebertaV2Model", "generator": "DebertaV2ForMaskedLM"}
@@ -125,6 +124,36 @@ def find_commit(run_or_commit: Path) -> Commit:
     raise CorruptError("no checkpoint is whole:\n  " + "\n  ".join(problems))
 
 
+def find_newest_commits(run: Path, count: int) -> list[Commit]:
+    """Find and verify the newest commits of a run, to average them.
+
+    Args:
+        run: A run folder, or its checkpoints folder.
+        count: How many, at least 1.
+
+    Returns:
+        The commits, the newest first; damaged ones are passed over and named in the log.
+
+    Raises:
+        UserError: There are not so many.
+    """
+    found: list[Commit] = []
+    for commit in reversed(list_commits(run / "checkpoints") or list_commits(run)):
+        try:
+            verify_commit(commit)
+        except CorruptError as error:
+            logger.warning("%s; the checkpoint before it is used", error)
+        else:
+            found.append(commit)
+        if len(found) == count:
+            return found
+    raise UserError(
+        f"{run}: has {len(found)} whole checkpoints, and {count} are to be averaged: name a run "
+        "folder with as many (checkpoint.keep_last, checkpoint.milestone_interval_steps), or "
+        "average fewer"
+    )
+
+
 def export_run(
     run_or_commit: Path,
     output: Path,
@@ -132,6 +161,7 @@ def export_run(
     dataset: Path | None = None,
     dtype: ExportDtype = "fp32",
     licence: str = "",
+    average: int = 1,
     force: bool = False,
 ) -> ExportReport:
     """Export a commit as two repositories, proven before they appear.
@@ -142,6 +172,7 @@ def export_run(
         dataset: Where the dataset is now; data.path of the run where None.
         dtype: How weights are stored.
         licence: For the cards, an identifier of the hub such as "mit"; empty leaves it open.
+        average: Export the mean of the weights of so many of the run's newest commits.
         force: Replace an earlier export.
 
     Returns:
@@ -153,16 +184,18 @@ def export_run(
         CorruptError: The commit or the dataset is damaged.
     """
     _refuse_to_overwrite(output, force)
-    commit = find_commit(run_or_commit)
+    averaged = find_newest_commits(run_or_commit, average) if average > 1 else []
+    commit = averaged[0] if averaged else find_commit(run_or_commit)
     config = load_run_config(str(commit.path / "config.resolved.json"))
     identity = commit.read_json("train_state.json")["identity"]
     data = open_tokenized(config, dataset, identity["tokenizer_fingerprint"])
-    pair = load_commit_pair(commit, config)
+    pair = load_average_pair(averaged or [commit], config)
     tensors = repository_tensors(pair, config, dtype)
     parameters = {name: sum(t.numel() for t in part.values()) for name, part in tensors.items()}
     reference = pair if dtype == "fp32" else pair_from_tensors(config, tensors)
     with _published(output) as partial:
-        facts = _facts(commit, config, dtype, licence)
+        steps = tuple(each.step for each in averaged)
+        facts = export_facts(commit, config, dtype, licence, steps)
         _write_repositories(partial, commit, facts, data.tokenizer_folder, tensors)
         verification = verify_export(
             partial,
@@ -250,46 +283,6 @@ def _published(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _facts(commit: Commit, config: RunConfig, dtype: ExportDtype, licence: str) -> ExportFacts:
-    """Gather what the cards tell."""
-    saved = commit.read_json("train_state.json")
-    identity = saved["identity"]
-    environment = identity["environment"]
-    history = _history_behind(commit)
-    device = environment.get("device", "cpu")
-    return ExportFacts(
-        config=config,
-        step=commit.step,
-        tokens=saved["tokens"],
-        dtype=dtype,
-        dataset_fingerprint=identity["dataset_fingerprint"],
-        dataset_command=identity["dataset"]["command"],
-        tokenizer_fingerprint=identity["tokenizer_fingerprint"],
-        versions=_package_versions(environment),
-        cost=cost_of(
-            history.rows if history else (),
-            commit.step,
-            identity["world_size"],
-            environment.get("processor", "CPU") if device == "cpu" else device,
-        ),
-        licence=licence,
-        history=history,
-        heldout=heldout_row(commit.path.parent.parent / "metrics.jsonl", commit.step),
-    )
-
-
-def _history_behind(commit: Commit) -> RunHistory | None:
-    """Read the run that a commit lies in; None where it lies elsewhere, or its rows are damaged."""
-    folder = commit.path.parent.parent
-    try:
-        history = read_history(folder, folder.name)
-    except UserError as error:
-        logger.warning("%s; the cards come without curves", error)
-        return None
-    rows = tuple(row for row in history.rows if row["step"] <= commit.step)
-    return dataclasses.replace(history, rows=rows) if rows else None
-
-
 def _write_repositories(
     partial: Path,
     commit: Commit,
@@ -302,6 +295,7 @@ def _write_repositories(
     resolved = commit.read_json("config.resolved.json")
     export = {
         "step": facts.step,
+        "averaged_steps": list(facts.averaged_steps),
         "dtype": dtype,
         "dataset_fingerprint": facts.dataset_fingerprint,
         "tokenizer_fingerprint": facts.tokenizer_fingerprint,
@@ -335,12 +329,6 @@ def _copy_tokenizer(source: Path, repository: Path, max_length: int) -> None:
     path = repository / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     _write_json(path, {**values, "model_max_length": max_length})
-
-
-def _package_versions(environment: dict[str, str]) -> dict[str, str]:
-    """Pick what a reader of the card can install."""
-    packages = ("deberta-pretrain", "torch", "deepspeed", "python")
-    return {name: environment[name] for name in packages if name in environment}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ _TRAINING = """
 
 | | |
 |---|---|
-| optimizer steps | {step:,} |
+| optimizer steps | {step} |
 | tokens seen | {tokens:,} |
 | sequence length | {length} |
 | parameters here | {parameters:,} |
@@ -123,6 +123,8 @@ class ExportFacts:
     step: int
     tokens: int
     """Of all steps, padding included."""
+    averaged_steps: tuple[int, ...]
+    """Steps of the commits whose mean this is; nothing where it is one commit."""
     dtype: ExportDtype
     dataset_fingerprint: str
     tokenizer_fingerprint: str
@@ -182,7 +184,7 @@ def model_card(network: str, facts: ExportFacts, parameters: int) -> str:
         pipeline_tag="feature-extraction",
     )
     text = _head(network, facts.config) + _TRAINING.format(
-        step=facts.step,
+        step=_steps(facts),
         tokens=facts.tokens,
         length=facts.config.data.sequence_length,
         parameters=parameters,
@@ -195,10 +197,18 @@ def model_card(network: str, facts: ExportFacts, parameters: int) -> str:
         energy=_energy(facts.cost),
     )
     text += _CURVES_SECTION if facts.history else ""
-    text += _heldout_section(facts.heldout)
+    text += _heldout_section(facts.heldout, bool(facts.averaged_steps))
     unknown = "Not chosen yet. Set `license` above to one that fits the text."
     text += f"\n## Licence\n\n{facts.licence or unknown}\n"
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def _steps(facts: ExportFacts) -> str:
+    """Say how far the weights were trained."""
+    if not facts.averaged_steps:
+        return f"{facts.step:,}"
+    steps = ", ".join(f"{step:,}" for step in sorted(facts.averaged_steps))
+    return f"{facts.step:,}; the weights are the mean of those after {steps} steps"
 
 
 def _hardware(cost: RunCost | None) -> str:
@@ -246,7 +256,7 @@ def _task_tags(config: RunConfig, network: str) -> tuple[str, ...]:
     return ("replaced-token-detection", network)
 
 
-def _heldout_section(row: dict[str, Any] | None) -> str:
+def _heldout_section(row: dict[str, Any] | None, is_averaged: bool) -> str:
     """Tabulate held-out figures."""
     if row is None:
         return "\n## Held-out figures\n\nNone were measured up to this step.\n"
@@ -254,7 +264,9 @@ def _heldout_section(row: dict[str, Any] | None) -> str:
     names = [name for name, value in row.items() if name.startswith("eval/") and value is not None]
     figures = {name.removeprefix("eval/"): row[name] for name in names}
     lines = [f"| {name} | {value:.4f} |" for name, value in figures.items()]
+    whose = " of the newest of the averaged checkpoints" if is_averaged else ""
     return (
-        f"\n## Held-out figures\n\nAt step {row['step']:,}, without dropout; losses in nats.\n\n"
+        f"\n## Held-out figures\n\nAt step {row['step']:,}{whose}, without dropout; losses in "
+        "nats.\n\n"
         "| figure | value |\n|---|---|\n" + "\n".join(lines) + "\n"
     )
