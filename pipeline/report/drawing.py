@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _STYLES = ("-", "--", ":", "-.")
-_EVENT_COLOURS = {"resume": "#999999", "requeue": "#999999"}
+_EVENT_COLOURS = dict.fromkeys(("resume", "requeue", "job"), "#999999")
 _FAULT_COLOUR = "#c00000"
 _MAX_LEGEND = 8
 _COLUMNS = 2

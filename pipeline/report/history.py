@@ -30,7 +30,7 @@ class Event:
     """Something that happened to a run."""
 
     kind: str
-    """start, resume, roll-back, requeue, hang, diverged or corrupt."""
+    """start, resume, roll-back, hang, diverged, corrupt; requeue, or job for another end of one."""
     step: int
     """Completed optimizer steps."""
     text: str
@@ -181,8 +181,11 @@ def _events(folder: Path, state: dict[str, Any]) -> Iterator[Event]:
         text = f"back to step {line['commit_step']:,}: {line['reason']}"
         yield Event("roll-back", line["at_step"], text)
     for line in _lines(folder / "slurm" / "restarts.jsonl"):
-        text = f"{line.get('decision', '')}: {line.get('reason', '')}"
-        yield Event("requeue", int(line.get("step") or 0), text, line.get("unix_seconds"))
+        decision = line["decision"]
+        if decision != "start":  # the run's own line of it says more
+            kind = "requeue" if decision == "requeue" else "job"
+            text = f"{decision}: {line['reason']}"
+            yield Event(kind, line["step"], text, line["unix_seconds"])
     if state.get("status") in ("hang", "diverged", "corrupt"):
         yield Event(state["status"], state.get("step") or 0, state.get("reason", ""))
 

@@ -164,11 +164,18 @@ def test_events_are_told_and_escaped(made, tmp_path):
     back = {"at_step": 9, "commit_step": 6, "number": 1, "reason": "spike", "windows": [window]}
     (run / "skipped_data.jsonl").write_text(json.dumps(back) + "\n")
     (run / "slurm").mkdir()
-    requeue = {"step": 6, "decision": "requeue", "reason": "preempted", "unix_seconds": 1e9}
-    (run / "slurm" / "restarts.jsonl").write_text(json.dumps(requeue) + "\n")
+    decisions = {"start": "on n1", "requeue": "preempted", "end": "the run is done"}
+    lines = [
+        {"step": 6, "decision": decision, "reason": reason, "unix_seconds": 1e9}
+        for decision, reason in decisions.items()
+    ]
+    (run / "slurm" / "restarts.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     folder.write_status("hang", 12, "rank 3 is behind")
     events = [(event.kind, event.step) for event in read_history(run, "x").events]
-    assert events == [("start", 0), ("resume", 6), ("requeue", 6), ("roll-back", 9), ("hang", 12)]
+    expected = [("start", 0), ("resume", 6), ("requeue", 6), ("job", 6), ("roll-back", 9)]
+    assert events == [*expected, ("hang", 12)]
     invoke(run)
     text = (run / "report" / "report.html").read_text()
     for words in ("back to step 6: spike", "requeue: preempted", "2001-09-09 01:46:40"):
