@@ -99,9 +99,9 @@ def test_multirc_on_paper():
 def test_tag_figures():
     gold = [("B-A", "I-A", "O"), ("O", "B-B")]
     examples = [TaggedExample(i, ("w",) * len(tags), tags) for i, tags in enumerate(gold)]
-    guess = [["B-A", "I-A", "O"], ["B-B", "O"]]
-    assert value("tag_accuracy", examples, guess) == 3 / 5
-    assert value("span_f1", examples, guess) == pytest.approx(2 * 1 / (2 + 2))
+    guess = [["B-A", "I-A", "O"], ["O", "O"]]
+    assert value("tag_accuracy", examples, guess) == 4 / 5
+    assert value("span_f1", examples, guess) == pytest.approx(2 * 1 / (2 + 1))
     flat = [[t for tags in side for t in tags] for side in (gold, guess)]
     macro = f1_score(*flat, average="macro", zero_division=0)
     assert value("tag_macro_f1", examples, guess) == pytest.approx(macro)

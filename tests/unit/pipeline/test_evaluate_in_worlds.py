@@ -36,11 +36,27 @@ def steady(exported, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_one_rank_trains_as_torch_does(steady, tokenizer, world, stage):
-    """With micro batches, and a last batch that is not full."""
+def test_one_rank_trains_as_torch_does(steady, tokenizer, world, stage, monkeypatch):
+    """With micro batches, and a last batch that is not full; Adam alone would hide a scale."""
     import torch.distributed as dist
 
+    from pipeline.evaluate import engine_strategy
     from pipeline.evaluate.engine_strategy import DeepSpeedStrategy
+
+    norms = []
+    clip, step = torch.nn.utils.clip_grad_norm_, engine_strategy.step_engine
+
+    def clipped(parameters, most):
+        norm = clip(parameters, most)
+        norms.append(norm.item())
+        return norm
+
+    def stepped(engine):
+        outcome = step(engine)
+        norms.append(outcome.grad_norm)
+        return outcome
+
+    monkeypatch.setattr(engine_strategy, "step_engine", stepped)
 
     kind, num_outputs = find_kind("classification", ["a", "b"])
     texts = [f"{('war', 'peace')[i % 2]} {i} of the people" for i in range(10)]
@@ -50,10 +66,13 @@ def test_one_rank_trains_as_torch_does(steady, tokenizer, world, stage):
     alone = AloneStrategy(CPU)
     shared = DeepSpeedStrategy(deepspeed_config(stage, micro=2), world, dist.group.WORLD)
     found = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
     for strategy in (alone, shared):
         head = Head(kind.head, num_outputs)
         with fine_tuned(steady, "pretrained", head, kind, features, plan, 0, strategy) as model:
             found.append(outputs(model, kind, features, 4, strategy))
+    assert len(norms) == 2 * 24
+    assert norms[24:30] == pytest.approx(norms[:6], rel=1e-2)
     size = np.abs(np.array(found[0])).max()
     assert size > 0.05
     assert np.abs(np.array(found[0]) - np.array(found[1])).max() < 0.01 * size

@@ -124,6 +124,17 @@ def test_marks_of_two_texts(tokenizer):
         assert feature.num_cut == (max_length == 10)
 
 
+def test_long_texts_keep_their_marked_place(tokenizer):
+    kind, _ = find_kind("marked", ("a", "b"))
+    for texts in ((CONTEXT, "America"), (CONTEXT,)):
+        last = (0, (CONTEXT.index("memorable"), CONTEXT.index("memorable") + 9))
+        example = MarkedExample(0, texts, (last, last), 1)
+        (feature,) = kind.features([example], tokenizer, Limits(24))
+        assert len(feature.input_ids) <= 24
+        for start, end in feature.marks:
+            assert tokenizer.decode(feature.input_ids[start:end]) == "memorable"
+
+
 def test_mean_of_a_marked_place():
     states_BLD = torch.arange(12.0).reshape(1, 4, 3)
     means = mark_means(states_BLD, torch.tensor([[[1, 3], [0, 1], [0, 0]]]))
@@ -168,6 +179,9 @@ def test_entity_loss_ignores_the_gap_and_padding(tokenizer):
     chosen, labels = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([1.0, 0.0, 0.0])
     expected = torch.nn.functional.binary_cross_entropy_with_logits(chosen, labels)
     assert kind.loss(logits, batch).item() == pytest.approx(expected.item())
+    batch = collate(features[1:], CPU, kind.label_dtype)
+    alone = torch.nn.functional.softplus(torch.tensor(0.5)).item()
+    assert kind.loss(torch.tensor([[9.0, 0.5]]), batch).item() == pytest.approx(alone)
 
 
 def test_choices_that_an_example_lacks_never_win(tokenizer):
