@@ -116,6 +116,7 @@ def evaluate_command(
     ] = None,
     label_column: Annotated[str, typer.Option(help="Column of the class.")] = "label",
     seeds: Annotated[int, typer.Option(help="Models to train from each start.")] = 3,
+    first_seed: Annotated[int, typer.Option(help="Seed of the first of them.")] = 0,
     random_start: RandomStartOption = None,
     epochs: EpochsOption = None,
     learning_rate: LearningRateOption = None,
@@ -191,6 +192,8 @@ def _check(given: dict[str, Any]) -> None:
         raise UserError("--train and --test go together: give both files")
     if (given["task"] is None) != (given["data"] is None):
         raise UserError("--task and --data go together: name tasks, and where their data are")
+    if given["task"] is not None and given["first_seed"]:
+        raise UserError("--first-seed goes with --train; jobs share --task by --shard i/n")
     if given["dataset"] is None and given["train"] is None and given["task"] is None:
         raise UserError(
             "nothing to measure: give --dataset DATASET for held-out figures, --task NAME and "
@@ -319,6 +322,7 @@ def _fine_tune_files(report: _Report, given: dict[str, Any], strategy: "Strategy
     numbers = {name: given[name] for name in names if given[name] is not None}
     options = FinetuneOptions(
         seeds=given["seeds"],
+        first_seed=given["first_seed"],
         learning_rate=given["learning_rate"],
         max_train=given["max_train"],
         device=given["device"],

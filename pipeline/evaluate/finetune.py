@@ -56,6 +56,8 @@ class FinetuneOptions:
     """Whether to compute in bf16 where torch's autocast holds that safe; weights stay fp32."""
     sift: SiftOptions | None = None
     """Adversarial perturbation of the embeddings, if any."""
+    first_seed: int = 0
+    """The first of them: processes that share the seeds among them begin at different ones."""
 
 
 @dataclass(frozen=True)

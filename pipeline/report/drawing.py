@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _STYLES = ("-", "--", ":", "-.")
-_EVENT_COLOURS = dict.fromkeys(("resume", "requeue", "job"), "#999999")
+_ORDINARY_EVENTS = ("resume", "requeue", "job")
+_ORDINARY_COLOUR = "#999999"
 _FAULT_COLOUR = "#c00000"
 _MAX_LEGEND = 8
 _COLUMNS = 2
@@ -82,7 +83,7 @@ def _draw_panel(
         xs, ys = [p.x for p in line.points], [p.y for p in line.points]
         axes.plot(xs, ys, "o", color=colour, markersize=4.5, label=line.label)
     for where, event in events:
-        colour = _EVENT_COLOURS.get(event.kind, _FAULT_COLOUR)
+        colour = _ORDINARY_COLOUR if event.kind in _ORDINARY_EVENTS else _FAULT_COLOUR
         axes.axvline(where, color=colour, linewidth=0.8, linestyle=":")
     if panel.is_logarithmic:
         axes.set_yscale("log")

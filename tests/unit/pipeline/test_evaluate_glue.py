@@ -217,6 +217,10 @@ def test_recipes():
     ("arguments", "message"),
     [
         ({"task": "glue"}, r"--task and --data go together"),
+        (
+            {"task": "glue", "data": "x", "first_seed": 1},
+            r"--first-seed goes with --train; jobs share --task by --shard i/n",
+        ),
         ({"task": "cola", "data": "x", "seeds": 0}, r"--seeds 0: give 1 or more"),
         ({"task": "cola", "data": "x", "epochs": 0}, r"--epochs 0: give 1 or more"),
         ({"task": "cola", "data": "x", "learning_rate": 2.0}, r"--learning-rate 2.0: give a num"),
