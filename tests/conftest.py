@@ -25,6 +25,15 @@ with contextlib.suppress(ImportError):
     settings.register_profile("any load", deadline=None)
     settings.load_profile("any load")
 
+
+@pytest.fixture(autouse=True)
+def no_launcher_is_left():
+    """A rank that a test has set would silence every message of the tests behind it."""
+    before = os.environ.get("RANK")
+    yield
+    assert os.environ.get("RANK") == before, "the test leaves RANK in the environment"
+
+
 TINY_RUN = """
 [data]
 sequence_length = 32

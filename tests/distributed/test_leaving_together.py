@@ -28,7 +28,7 @@ def leave_as(rank, folder, seen):
     session = SimpleNamespace(
         world=SimpleNamespace(is_main=rank == 0),
         folder=SlowFolder(folder),
-        stop=SimpleNamespace(name="SIGUSR1"),
+        stop=SimpleNamespace(name="SIGUSR1", shortage=None),
         control_group=dist.group.WORLD,
     )
     code = _stopped(session, 5)
@@ -37,12 +37,13 @@ def leave_as(rank, folder, seen):
 
 @pytest.mark.distributed
 def test_no_rank_leaves_before_the_state_is_written(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    seen = fork.Queue()
-    ranks = [fork.Process(target=leave_as, args=(rank, tmp_path, seen)) for rank in range(RANKS)]
+    # Not forked: other tests have left threads in this process.
+    spawn = multiprocessing.get_context("spawn")
+    seen = spawn.Queue()
+    ranks = [spawn.Process(target=leave_as, args=(rank, tmp_path, seen)) for rank in range(RANKS)]
     for process in ranks:
         process.start()
-    answers = [seen.get(timeout=60) for _ in ranks]
+    answers = [seen.get(timeout=100) for _ in ranks]
     for process in ranks:
         process.join(60)
     assert answers == [(75, True)] * RANKS

@@ -63,7 +63,7 @@ def test_paragraphs_are_divided(tmp_path):
         Columns(),
         None,
     )
-    assert list(punctuation.numbers) == ["COMMA", "O", "STOP"]
+    assert list(punctuation.labels) == ["COMMA", "O", "STOP"]
     assert len(punctuation.test) == len(speaker.test)
     words = [word for sentence in punctuation.test for word in sentence.words]
     assert words == [word.lower() for word in words]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,17 +26,18 @@ LAUNCHED = {
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def launched():
     """Pretend that a launcher has set these variables, and no others that matter."""
 
     def set_to(variables):
         for name in (*LAUNCHED, "PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+            os.environ.pop(name, None)
+        os.environ.update(variables)
 
-    set_to({})
-    return set_to
+    # All of it is put back, also what the code under test has set.
+    with mock.patch.dict(os.environ):
+        set_to({})
+        yield set_to
 
 
 def test_nothing_launched_us(launched):
