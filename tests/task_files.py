@@ -3,6 +3,8 @@
 import json
 import random
 
+from pipeline.evaluate.inference import LANGUAGES
+
 NLI = ("entailment", "neutral", "contradiction")
 _WORDS = ("war", "peace", "hope")
 
@@ -235,25 +237,6 @@ def write_reading(folder, train=6, dev=6):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
     return folder
-
-
-LANGUAGES = (
-    "ar",
-    "bg",
-    "de",
-    "el",
-    "en",
-    "es",
-    "fr",
-    "hi",
-    "ru",
-    "sw",
-    "th",
-    "tr",
-    "ur",
-    "vi",
-    "zh",
-)
 
 
 def write_inference(folder, train=6, test=6):

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from data_prep.tokenizer import Tokenizer
 from pipeline.evaluate.features import IGNORED, Batch, Feature, cut_pair, make_sequence
 from pipeline.evaluate.kind import Limits
+from pipeline.evaluate.kinds_text import OneOfSome
 from pipeline.evaluate.places import tokens_of, windows
 
 
-class MarkedPair:
+class MarkedPair(OneOfSome):
     """A class of two marked places."""
 
     head = "MarkedPairModel"
-    label_dtype = torch.int64
 
     def features(
         self, examples: Sequence[Any], tokenizer: Tokenizer, limits: Limits
@@ -34,20 +34,6 @@ class MarkedPair:
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Give [B, C]."""
         return model(batch.input_ids, batch.mask, batch.marks_BM2)
-
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Compute the cross-entropy."""
-        return F.cross_entropy(logits.float(), batch.labels[:, 0])
-
-    def distributions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Give one distribution an example."""
-        return logits
-
-    def predictions(
-        self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]
-    ) -> list[int]:
-        """Choose the largest output."""
-        return [int(output.argmax()) for output in outputs]
 
 
 def _marked_feature(number: int, example: Any, tokenizer: Tokenizer, max_length: int) -> Feature:

@@ -33,29 +33,22 @@ def _text_features(examples: Sequence[Any], tokenizer: Tokenizer, limits: Limits
     return features
 
 
-class Classification:
-    """One of some classes."""
-
-    head = "AutoModelForSequenceClassification"
-    label_dtype = torch.int64
-
-    def features(
-        self, examples: Sequence[Any], tokenizer: Tokenizer, limits: Limits
-    ) -> list[Feature]:
-        """Tokenize texts and pairs."""
-        return _text_features(examples, tokenizer, limits)
-
-    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Give [B, C]."""
-        return model(batch.input_ids, attention_mask=batch.mask).logits
-
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Compute the cross-entropy."""
-        return F.cross_entropy(logits.float(), batch.labels[:, 0])
+class PerExample:
+    """What kinds share whose model says one row of an example."""
 
     def distributions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Give one distribution an example."""
         return logits
+
+
+class OneOfSome(PerExample):
+    """What kinds share that choose one of some outputs."""
+
+    label_dtype = torch.int64
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Compute the cross-entropy."""
+        return F.cross_entropy(logits.float(), batch.labels[:, 0])
 
     def predictions(
         self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]
@@ -64,11 +57,10 @@ class Classification:
         return [int(output.argmax()) for output in outputs]
 
 
-class Regression:
-    """A number."""
+class _Texts(PerExample):
+    """What kinds share that read a text or a pair."""
 
     head = "AutoModelForSequenceClassification"
-    label_dtype = torch.float32
 
     def features(
         self, examples: Sequence[Any], tokenizer: Tokenizer, limits: Limits
@@ -77,16 +69,22 @@ class Regression:
         return _text_features(examples, tokenizer, limits)
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Give [B, 1]."""
+        """Give [B, C]; of a number C is 1."""
         return model(batch.input_ids, attention_mask=batch.mask).logits
+
+
+class Classification(_Texts, OneOfSome):
+    """One of some classes."""
+
+
+class Regression(_Texts):
+    """A number."""
+
+    label_dtype = torch.float32
 
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Compute the mean squared error, as the original does."""
         return F.mse_loss(logits[:, 0].float(), batch.labels[:, 0])
-
-    def distributions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Give one distribution an example."""
-        return logits
 
     def predictions(
         self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]
@@ -95,11 +93,10 @@ class Regression:
         return [float(output[0]) for output in outputs]
 
 
-class MultipleChoice:
+class MultipleChoice(OneOfSome):
     """The best of several pairs."""
 
     head = "AutoModelForMultipleChoice"
-    label_dtype = torch.int64
 
     def features(
         self, examples: Sequence[Any], tokenizer: Tokenizer, limits: Limits
@@ -123,17 +120,3 @@ class MultipleChoice:
         # Not -inf, of which the divergence of SiFT would be undefined.
         lowest = torch.finfo(logits_BC.dtype).min
         return logits_BC.masked_fill(batch.mask.sum(-1) == 0, lowest)
-
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Compute the cross-entropy."""
-        return F.cross_entropy(logits.float(), batch.labels[:, 0])
-
-    def distributions(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Give one distribution an example."""
-        return logits
-
-    def predictions(
-        self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]
-    ) -> list[int]:
-        """Choose the largest output."""
-        return [int(output.argmax()) for output in outputs]

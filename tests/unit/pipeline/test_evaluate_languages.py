@@ -8,11 +8,12 @@ import pytest
 from data_prep.errors import UserError
 from pipeline.evaluate import figures
 from pipeline.evaluate.catalogue import SUITES, TASKS, find_tasks
+from pipeline.evaluate.inference import LANGUAGES
 from pipeline.evaluate.recipes import Overrides
 from pipeline.evaluate.sources import DataSource
 from pipeline.evaluate.suite import SuiteOptions, evaluate_tasks
 from tests.planted import plant
-from tests.task_files import LANGUAGES, write_inference, write_lines, write_ner
+from tests.task_files import write_inference, write_lines, write_ner
 
 
 @pytest.fixture(autouse=True)
