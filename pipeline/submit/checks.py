@@ -7,6 +7,7 @@
 """
 
 import glob
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,15 @@ from data_prep.tokenizer import Tokenizer, padded_vocab_size
 from pipeline.config import RunConfig
 from pipeline.config_loading import RESOLVED_FORMAT, load_run_config
 from pipeline.ds_config import DeepSpeedConfig, check_device, load_deepspeed_config
+from pipeline.evaluate.catalogue import find_tasks
+from pipeline.evaluate.sources import HUB, DataSource
 from pipeline.findings import nearest
 from pipeline.phases import train_schedule
 from pipeline.plan.parameters import engine_parameters
 from pipeline.plan.storage import plan_storage
 from pipeline.run_folder import to_json
 from pipeline.submit.client import Slurm
-from pipeline.submit.recipe import EvaluateSection, PretrainSection, Recipe
+from pipeline.submit.recipe import Recipe
 from pipeline.submit.site_file import Site
 from pipeline.submit.stages import (
     CONFIG_NAME,
@@ -34,8 +37,10 @@ from pipeline.submit.stages import (
     Layout,
     evaluations,
 )
+from pipeline.submit.tables import EvaluateSection, PretrainSection, TaskSection
 
 _GIB = 2**30
+_ON_THE_HUB = re.compile(rf"{HUB}|[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,24 @@ def _evaluate_findings(section: EvaluateSection, layout: Layout) -> Iterator[str
     yield from _inputs("evaluate", section, ("model",), layout, made=layout.export)
     for task in section.tasks:
         yield from _inputs(f"evaluate.tasks {task.name}", task, ("train", "test"), layout)
+        yield from _published_findings(task, layout)
+
+
+def _published_findings(task: TaskSection, layout: Layout) -> Iterator[str]:
+    """Splits of published tasks that a folder lacks; what is on the hub is looked at by the job."""
+    if task.task is None or task.data is None:
+        return
+    folder, where = layout.work / task.data, f"evaluate.tasks {task.name}.data '{task.data}'"
+    if not folder.is_dir():
+        if not _ON_THE_HUB.fullmatch(task.data):
+            yield f"{where}: no such folder; give one, `hub` or a repository as `org/name`"
+        return
+    specs = find_tasks(task.task)
+    source = DataSource(str(folder), is_for_one_task=len(specs) == 1)
+    for spec in specs:
+        for split in (*spec.train, *spec.scored.values()):
+            if not source.has(spec, split):
+                yield f"{where}: no {split.name} split of {spec.name} is there"
 
 
 def _pretrain_findings(recipe: Recipe, layout: Layout, training: Training | None) -> Iterator[str]:

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 
 from data_prep.errors import UserError
-from pipeline.submit.recipe import Placement, SiteSection
+from pipeline.submit.tables import Placement, SiteSection
 
 _HEADER_OF_VARIABLE = {
     "SBATCH_PARTITION": "partition",

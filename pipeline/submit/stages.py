@@ -15,17 +15,19 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.manifest import is_complete
-from pipeline.submit.recipe import (
+from pipeline.evaluate.catalogue import find_tasks
+from pipeline.submit.recipe import Recipe
+from pipeline.submit.rendering import Options, Parameters, PlainScript, render
+from pipeline.submit.site_file import Site, placement_options
+from pipeline.submit.tables import (
     EvaluateSection,
     ExportSection,
     JobSection,
     PrepSection,
     PretrainSection,
-    Recipe,
+    TaskSection,
     TokenizerSection,
 )
-from pipeline.submit.rendering import Options, Parameters, PlainScript, render
-from pipeline.submit.site_file import Site, placement_options
 
 CONFIG_NAME = "config.json"
 DEEPSPEED_NAME = "deepspeed.json"
@@ -237,10 +239,27 @@ def evaluations(recipe: Recipe, layout: Layout) -> list[list[str]]:
     if dataset is not None:
         rows.append(["heldout", "--dataset", str(dataset), *device])
     for task in section.tasks:
-        for seed in range(section.seeds):
-            words = [*_words(task), "--seeds", "1", "--first-seed", str(seed), *device]
-            rows.append([f"{task.name}-{seed}", *words])
+        for number, words in enumerate(_models(task, section.seeds, layout)):
+            rows.append([f"{task.name}-{number}", *_words(task), *words, *device])
     return rows
+
+
+def _models(task: TaskSection, seeds: int, layout: Layout) -> Iterator[list[str]]:
+    """The words that single out each model of a task."""
+    if task.task is None:
+        for seed in range(seeds):
+            yield ["--seeds", "1", "--first-seed", str(seed)]
+        return
+    starts = 2 if task.random_start else 1
+    models = len(find_tasks(task.task)) * starts * seeds
+    results = str(_results_folder(task, layout))
+    for model in range(models):
+        yield ["--seeds", str(seeds), "--shard", f"{model}/{models}", "--results", results]
+
+
+def _results_folder(task: TaskSection, layout: Layout) -> Path:
+    """Where the models of published tasks find each other; the last makes the report."""
+    return layout.evaluation / task.name
 
 
 def _add_tokenizer(builder: _Builder, section: TokenizerSection) -> None:
@@ -328,6 +347,8 @@ def _add_evaluate(builder: _Builder, section: EvaluateSection) -> None:
         "EVALUATIONS": str(layout.slurm / EVALUATIONS_NAME),
     }
     results = [layout.evaluation / f"{name}.json" for name, *_ in rows]
+    published = [task for task in section.tasks if task.task is not None]
+    results += [_results_folder(task, layout) / "results.json" for task in published]
     array = {"array": _array(len(rows), section.array_at_once)}
     builder.add("evaluate", section, parameters, results, array, array_tasks=len(rows))
 
@@ -345,6 +366,9 @@ def _words(section: Any) -> list[str]:
 
 def _options(section: Any) -> Iterator[str]:
     for name in section.WORDS:
-        value = getattr(section, name)
+        value, option = getattr(section, name), name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{option}" if value else f"--no-{option}"
+            continue
         for each in value if isinstance(value, tuple) else () if value is None else (value,):
-            yield from (f"--{name.replace('_', '-')}", str(each))
+            yield from (f"--{option}", str(each))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.task_files import write_glue
 from tests.worlds import ROOT
 
 pytestmark = pytest.mark.slurm
@@ -59,6 +60,12 @@ train = "a task.jsonl"
 test = "a task.jsonl"
 epochs = 1
 max_length = 16
+[[evaluate.tasks]]
+name = "entailment"
+task = "rte"
+data = "glue data"
+epochs = 1
+max_length = 16
 """
 TASK = "".join(
     json.dumps({"text": f"{word} {n}", "label": word}) + "\n"
@@ -80,6 +87,7 @@ def workplace(cluster, corpus, tiny_run, deepspeed_json, tmp_path):
     (folder / "setup.sh").write_text("export FROM_SETUP=$UNSET\n")
     (folder / "site.env").write_text("SBATCH_PARTITION=batch\nDEBERTA_SETUP=setup.sh\n")
     (folder / "a task.jsonl").write_text(TASK)
+    write_glue(folder / "glue data", train=8, dev=8, test=2)
     (folder / "recipe.toml").write_text(RECIPE)
 
     def deberta(*words):
@@ -121,7 +129,7 @@ def test_text_becomes_a_model_by_one_command(cluster, workplace, outcome):
     assert "--resubmit submits the stages that are neither done nor in the queue" in again.stderr
 
     shares = [f"{ids['prep']}_{task}" for task in range(4)]
-    scores = [f"{ids['evaluate']}_{task}" for task in range(3)]
+    scores = [f"{ids['evaluate']}_{task}" for task in range(5)]
     alone = [ids[stage] for stage in stages[2:5]]
     for job_id in (ids["tokenizer"], *shares, *alone, *scores):
         job = cluster.wait(job_id, timeout_seconds=TIMEOUT_SECONDS)
@@ -130,7 +138,7 @@ def test_text_becomes_a_model_by_one_command(cluster, workplace, outcome):
     status = json.loads(workplace("status", str(run), "--json").stdout)
     assert status["queue"] == "asked"
     assert [job["states"] for job in status["jobs"]] == [
-        {"COMPLETED": {"prep": 4, "evaluate": 3}.get(stage, 1)} for stage in stages
+        {"COMPLETED": {"prep": 4, "evaluate": 5}.get(stage, 1)} for stage in stages
     ]
     assert (status["training"]["status"], status["training"]["step"]) == ("done", 6)
     assert "step: 6 of 6 (100.0%), committed 6" in workplace("status", str(run)).stdout
@@ -144,6 +152,9 @@ def test_text_becomes_a_model_by_one_command(cluster, workplace, outcome):
     for seed in range(2):
         scored = json.loads((run / f"evaluation/colour-{seed}.json").read_text())["finetune"]
         assert {each["seed"] for each in scored["runs"]} == {seed}
+    published = json.loads((run / "evaluation/entailment/results.json").read_text())
+    figures = published["tasks"]["rte"]["figures"]
+    assert [len(figure["by_seed"]) for figure in figures] == [2]
     starts = (run / "restarts.jsonl").read_text().splitlines()
     assert [json.loads(line)["world_size"] for line in starts] == [2]
     assert not (folder / "HIT").exists()

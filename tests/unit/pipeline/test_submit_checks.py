@@ -17,6 +17,7 @@ from pipeline.submit.recipe import load_recipe
 from pipeline.submit.site_file import read_site
 from pipeline.submit.stages import Layout, plan_jobs
 from tests.submitting import RECIPE, copy_scripts, write_recipe
+from tests.task_files import write_table
 from tests.worlds import ROOT
 
 OVERRIDES = 'overrides = ["model.vocab_size=%d"]\n'
@@ -117,6 +118,23 @@ def test_all_that_is_missing_is_told_at_once(told, tmp_path):
     ):
         assert expected in text
     assert len(lines) == 9
+
+
+def test_data_of_published_tasks_are_looked_for(told, tmp_path, dataset_folder, vocab_size):
+    (tmp_path / "dataset").symlink_to(dataset_folder)
+    write_table(tmp_path / "glue/CoLA/train.tsv", [], [["a", 1, "", "A sentence."]])
+    tasks = "".join(
+        f'[[evaluate.tasks]]\nname="{name}"\ntask="cola,rte"\ndata="{data}"\n'
+        for name, data in (("a", "glue"), ("b", "away"), ("c", "hub"), ("d", "org/name"))
+    )
+    lines = told(RECIPE + OVERRIDES % vocab_size + "[evaluate]\n" + tasks)
+    assert lines == [
+        "evaluate.tasks a.data 'glue': no validation split of cola is there",
+        "evaluate.tasks a.data 'glue': no train split of rte is there",
+        "evaluate.tasks a.data 'glue': no validation split of rte is there",
+        "evaluate.tasks b.data 'away': no such folder; give one, `hub` or a repository as "
+        "`org/name`",
+    ]
 
 
 def test_the_batch_must_fit_the_nodes_that_are_asked_for(

@@ -57,7 +57,6 @@ def test_all_problems_are_told_at_once_with_the_nearest_name(tmp_path):
         "  - pretrain.config is 3; it must be text",
         "  - 'node' is no key in [pretrain], did you mean 'nodes'?",
         '  - evaluate.tasks[0].name is "a/b"; use letters, digits and . _ - alone',
-        "  - evaluate.tasks[0].test is missing",
         "  - 'tests' is no key in [evaluate.tasks[0]], did you mean 'test'?",
     }
 
@@ -91,6 +90,20 @@ def test_a_folder_that_a_script_cannot_hold_is_refused(tmp_path, change, message
         (
             '[[evaluate.tasks]]\nname="heldout"\ntrain="a"\ntest="b"',
             "the name 'heldout' is taken",
+        ),
+        (
+            '[[evaluate.tasks]]\nname="a"\ntrain="x"',
+            "evaluate.tasks a: test missing: give train and",
+        ),
+        (
+            '[[evaluate.tasks]]\nname="a"',
+            "train and test missing: give train and test, files of your",
+        ),
+        ('[[evaluate.tasks]]\nname="a"\ntask="cola"', "a: task and data go together"),
+        ('[[evaluate.tasks]]\nname="a"\ndata="d"\ntask="cula"', "no such task; did you mean cola?"),
+        (
+            '[[evaluate.tasks]]\nname="a"\ndata="d"\ntask="cola"\nkind="span"',
+            "evaluate.tasks a: kind belong to files of your own",
         ),
     ],
 )

@@ -1,15 +1,19 @@
 """Scripts: plain header and body, a person's values as data, and no way for them to be more."""
 
 import subprocess
+from importlib import import_module
 
 import pytest
+from typer import Context
+from typer.main import get_command
 
 from data_prep.errors import UserError
-from pipeline.submit import site_file
-from pipeline.submit.recipe import SiteSection, load_recipe
+from pipeline.submit import site_file, tables
+from pipeline.submit.recipe import load_recipe
 from pipeline.submit.rendering import PlainScript, render
 from pipeline.submit.site_file import read_site, scripts_folder
 from pipeline.submit.stages import Layout, evaluations, plan_jobs
+from pipeline.submit.tables import SiteSection
 from tests.submitting import PLAIN_PRETRAIN, RECIPE, copy_scripts, write_recipe
 from tests.worlds import ROOT
 
@@ -145,6 +149,70 @@ def test_an_evaluation_is_an_array_task_for_each_task_and_seed(tmp_path):
         ["a-0", "--train", "x", "--test", "y", "--seeds", "1", "--first-seed", "0"],
         ["a-1", "--train", "x", "--test", "y", "--seeds", "1", "--first-seed", "1"],
     ]
+
+
+def test_published_tasks_are_an_array_task_for_each_model(tmp_path):
+    text = """[evaluate]
+        dataset = "text"
+        seeds = 2
+        output = "scores"
+        [[evaluate.tasks]]
+        name = "both"
+        task = "cola,rte"
+        data = "glue"
+        random_start = true
+        bf16 = true
+        [[evaluate.tasks]]
+        name = "quiet"
+        train = "x"
+        test = "y"
+        random_start = false
+        """
+    recipe = load_recipe(write_recipe(tmp_path, RECIPE + text))
+    _, *rows = evaluations(recipe, Layout.of(recipe, tmp_path))
+    words = ["--task", "cola,rte", "--data", "glue", "--random-start", "--bf16", "--seeds", "2"]
+    results = ["--results", str(tmp_path / "scores/both")]
+    assert rows[:8] == [  # two tasks, two starts, two seeds
+        [f"both-{model}", *words, "--shard", f"{model}/8", *results] for model in range(8)
+    ]
+    assert rows[8][:6] == ["quiet-0", "--train", "x", "--test", "y", "--no-random-start"]
+    assert len(rows) == 10
+
+
+def test_an_evaluation_is_done_when_the_report_of_its_models_is_there(plan, tmp_path):
+    jobs = plan(
+        """
+        [run]
+        folder = "runs/mine"
+        [evaluate]
+        model = "model"
+        seeds = 1
+        [[evaluate.tasks]]
+        name = "a"
+        task = "wnli"
+        data = "glue"
+        """
+    )
+    made = tmp_path / "runs/mine/evaluation"
+    assert set(jobs["evaluate"].results) == {made / "a-0.json", made / "a/results.json"}
+
+
+@pytest.mark.parametrize(
+    ("section", "app", "command"),
+    [
+        (tables.TokenizerSection, "data_prep", "train-tokenizer"),
+        (tables.PrepSection, "data_prep", "build"),
+        (tables.ExportSection, "pipeline", "export"),
+        (tables.TaskSection, "pipeline", "evaluate"),
+    ],
+)
+def test_words_of_a_stage_are_options_of_its_command(section, app, command):
+    cli = get_command(import_module(f"{app}.cli").app)
+    with Context(cli) as context:
+        found = cli.get_command(context, command)
+    known = {word for parameter in found.params for word in parameter.opts}
+    assert {f"--{name.replace('_', '-')}" for name in section.WORDS} <= known
+    assert set(section.WORDS) <= set(section.model_fields)
 
 
 def test_the_recipe_goes_over_site_env_and_that_over_the_environment(plan, tmp_path):
