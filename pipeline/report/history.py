@@ -126,7 +126,7 @@ def read_history(folder: Path, name: str) -> RunHistory:
             "the folder of a run"
         ) from error
     state = _read(folder / "state.json")
-    rows = tuple(_lines(folder / "metrics.jsonl"))
+    rows = tuple(_lines(folder / "metrics.jsonl", "step"))
     return RunHistory(
         name,
         folder,
@@ -153,8 +153,8 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the whole lines of a JSON lines file; nothing where there is no file."""
+def _lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
+    """Read the whole lines of a JSON lines file, each with these keys; none without a file."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -168,19 +168,24 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError(
                 f"{path}, line {number}: is not JSON ({error}); remove the line"
             ) from error
+        lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
+        if lacking:
+            raise UserError(f"{path}, line {number}: has no {lacking[0]!r}; remove the line")
         yield value
 
 
 def _events(folder: Path, state: dict[str, Any]) -> Iterator[Event]:
-    for number, start in enumerate(_lines(folder / "restarts.jsonl")):
+    starts = _lines(folder / "restarts.jsonl", "step", "world_size", "notes", "unix_seconds")
+    for number, start in enumerate(starts):
         ranks = "1 rank" if start["world_size"] == 1 else f"{start['world_size']} ranks"
         notes = "; ".join([ranks, *start["notes"]])
         kind = "resume" if number else "start"
         yield Event(kind, start["step"], notes, start["unix_seconds"])
-    for line in _lines(folder / SKIPPED_DATA):
+    for line in _lines(folder / SKIPPED_DATA, "commit_step", "at_step", "reason"):
         text = f"back to step {line['commit_step']:,}: {line['reason']}"
         yield Event("roll-back", line["at_step"], text)
-    for line in _lines(folder / "slurm" / "restarts.jsonl"):
+    decisions = folder / "slurm" / "restarts.jsonl"
+    for line in _lines(decisions, "decision", "step", "reason", "unix_seconds"):
         decision = line["decision"]
         if decision != "start":  # the run's own line of it says more
             kind = "requeue" if decision == "requeue" else "job"

@@ -272,6 +272,16 @@ def test_broken_files_are_told(made, tmp_path):
     (run / "metrics.jsonl").write_text("\n".join([first[:-1], *others]))
     with pytest.raises(UserError, match=r"metrics.jsonl, line 1: is not JSON .*; remove the line"):
         invoke(run)
+    (run / "metrics.jsonl").write_text("\n".join(["3", *others]))
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 1: has no 'step'; remove the line"):
+        invoke(run)
+    (run / "metrics.jsonl").write_text("\n".join([first, *others]))
+    starts = run / "restarts.jsonl"
+    whole = starts.read_text()
+    starts.write_text('{"step": 0, "world_size": 1, "notes": []}\n')
+    with pytest.raises(UserError, match=r"restarts.jsonl, line 1: has no 'unix_seconds'; remove"):
+        invoke(run)
+    starts.write_text(whole)
     (run / "state.json").write_text("[]")
     with pytest.raises(UserError, match=r"state.json: is no JSON object; restore it"):
         invoke(run)
