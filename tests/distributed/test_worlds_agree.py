@@ -8,7 +8,7 @@ from tests import worlds
 from tests.forked_worlds import train
 from tests.worlds import largest_difference, rows
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # seven worlds
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]  # seven worlds
 
 # Sums of fp32 in another order over 12 steps; measured 6e-7.
 SUMMATION_TOLERANCE = 1e-5

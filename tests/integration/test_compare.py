@@ -14,7 +14,7 @@ from pipeline.config_loading import load_run_config
 from pipeline.flops import training_flops
 from tests.worlds import ROOT, environment, rows
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 SEEDS = (42, 43)
 
 

@@ -19,7 +19,7 @@ from tests.forked_worlds import train
 from tests.reference.released_repositories import TABLE, save
 from tests.worlds import rows
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 WORDS = (
     # Hot draws: a discriminator this small learns to tell them within seconds.

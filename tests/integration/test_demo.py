@@ -23,7 +23,7 @@ def demo(output, *words):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_demo_goes_the_whole_way_and_goes_on(tmp_path):
     output = tmp_path / "demo"
     code, out, err = demo(output, *SHORT)

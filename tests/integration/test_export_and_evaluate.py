@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from tests.forked_worlds import train
 from tests.worlds import ROOT, environment, rows
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 # As on a machine with nothing of ours: the folder, torch and transformers.
 STRANGER = """

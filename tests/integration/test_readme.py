@@ -20,7 +20,7 @@ def block_after(heading):
     return [line for line in block.splitlines() if line.startswith(tuple(MODULES))]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_from_own_text_to_own_model(
     tmp_path, corpus, tiny_run, deepspeed_json, vocab_size, tmp_path_factory
 ):
