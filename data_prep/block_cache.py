@@ -22,6 +22,7 @@ Letters: B runs of tokens, N tokens in each, R rows of the caller.
 """
 
 import threading
+from bisect import bisect_right
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
@@ -33,6 +34,7 @@ from data_prep.checked_file import PAGE_BYTES, PAGES_PER_BLOCK, CheckedFile
 from data_prep.errors import CorruptError
 from data_prep.hashing_ahead import HashingAhead
 from data_prep.manifest import BLOCK_BYTES
+from data_prep.run_copies import copy_runs
 
 CACHE_BYTES = 256 << 20
 """Tokens that a dataset keeps in memory at most."""
@@ -41,11 +43,13 @@ _TOKEN_BYTES = 4
 _EXTENT_TOKENS = EXTENT_BYTES // _TOKEN_BYTES
 _PAGE_TOKENS = PAGE_BYTES // _TOKEN_BYTES
 _PAGES_PER_EXTENT = EXTENT_BYTES // PAGE_BYTES
+_EXTENT_SHIFT, _IN_EXTENT = _EXTENT_TOKENS.bit_length() - 1, _EXTENT_TOKENS - 1
+_PAGE_SHIFT = _PAGE_TOKENS.bit_length() - 1
 _EXTENTS_PER_BLOCK = BLOCK_BYTES // EXTENT_BYTES
-_NOWHERE = -1
+NOWHERE = -1
+"""The position of a run that is not asked for."""
 _READ_AHEAD = 8  # extents, of as many blocks at most
 _BLOCKS_AT_ONCE = 4  # that threads read and hash: the disk and the processor then work side by side
-_ROWS_AT_ONCE = 128  # of 2 KiB each: the copy between two arrays stays in a core's own cache
 
 
 class BlockCache:
@@ -60,18 +64,20 @@ class BlockCache:
         extents = np.array([0, *(file.num_blocks for file in files)]) * _EXTENTS_PER_BLOCK
         self._files = files
         self._first_extents = np.cumsum(extents)
+        self._file_starts: list[int] = self._first_extents.tolist()
         total = int(self._first_extents[-1])
         self._num_slots = max(1, min(limit_bytes // EXTENT_BYTES, total))
         self._lock = threading.Lock()
-        self._slot_of_extent = np.full(total, _NOWHERE, np.int32)
-        self._extent_of_slot = np.full(self._num_slots, _NOWHERE, np.int64)
+        self._slot_of_extent = np.full(total, NOWHERE, np.int32)
+        self._extent_of_slot = np.full(self._num_slots, NOWHERE, np.int64)
         self._is_present = np.zeros((self._num_slots, _PAGES_PER_EXTENT), bool)
         self._last_use = np.zeros(self._num_slots, np.int64)
         self._clock = 0
-        self._tokens = np.empty(0, np.uint32)
+        self._memory = np.empty(0, np.uint32)
+        self._tokens = self._memory  # without its first and last token, which nothing is put into
         self._ahead = HashingAhead(files)
         self._hashed = np.empty(0, np.uint8)
-        self._hashed_block = (_NOWHERE, _NOWHERE)
+        self._hashed_block = (NOWHERE, NOWHERE)
 
     def first_position(self, file: int) -> int:
         """Give the position of a file's first byte, counted in tokens.
@@ -82,7 +88,7 @@ class BlockCache:
         Returns:
             Its position.
         """
-        return int(self._first_extents[file]) * _EXTENT_TOKENS
+        return self._file_starts[file] * _EXTENT_TOKENS
 
     def read(self, start: int, end: int) -> NDArray[np.uint32]:
         """Copy the tokens of one file.
@@ -139,7 +145,7 @@ class BlockCache:
             count = min(len(out_N) - done, _EXTENT_TOKENS - offset)
             first, last = offset // _PAGE_TOKENS, (offset + count - 1) // _PAGE_TOKENS
             slot = int(self._slot_of_extent[extent])
-            if slot == _NOWHERE or not self._is_present[slot, first : last + 1].all():
+            if slot == NOWHERE or not self._is_present[slot, first : last + 1].all():
                 self._bring(extent, np.arange(first, last + 1))
             place = self._slot_for(extent) * _EXTENT_TOKENS + offset
             out_N[done : done + count] = self._tokens[place : place + count]
@@ -156,77 +162,95 @@ class BlockCache:
         Returns:
             bool [B]: inside of one extent, and on two pages at most.
         """
-        inside_B = positions_B % _EXTENT_TOKENS + count <= _EXTENT_TOKENS
+        inside_B = positions_B & _IN_EXTENT <= _EXTENT_TOKENS - count
         return inside_B & (0 < count <= _PAGE_TOKENS)
 
     def gather(
-        self, positions_B: NDArray[np.int64], rows_B: NDArray[np.int64], out_RN: NDArray[np.uint32]
-    ) -> None:
-        """Copy runs of tokens into rows.
+        self,
+        positions_B: NDArray[np.int64],
+        count: int,
+        edges: tuple[int, int],
+        rows_at_once: int,
+    ) -> list[NDArray[np.uint32]]:
+        """Copy runs of tokens into rows, with one more token on either side.
 
         Args:
-            positions_B: int64 [B], where runs begin; each lies inside of one file.
-            rows_B: int64 [B], which row each is for.
-            out_RN: uint32 [R, N], of which those rows get N tokens each.
+            positions_B: int64 [B], where runs begin; each lies inside of one file. A row at
+                `NOWHERE` is for the caller to fill.
+            count: N, tokens of a run.
+            edges: what stands before and behind every run.
+            rows_at_once: rows of an array; half a megabyte of them stays in a core's own cache.
+
+        Returns:
+            uint32 [rows_at_once, 1 + N + 1] each, in the order of the runs, the last one shorter.
 
         Raises:
             CorruptError: a file is not what was written; the message names it.
         """
-        extents_B, offsets_B = np.divmod(positions_B, _EXTENT_TOKENS)
-        first_page_B = offsets_B // _PAGE_TOKENS
-        last_page_B = (offsets_B + out_RN.shape[1] - 1) // _PAGE_TOKENS
+        is_asked_B = positions_B != NOWHERE
+        is_whole_B = is_asked_B & self.are_in_one_extent(positions_B, count)
         with self._lock:
-            self._forget_what_changed(extents_B)
-            is_whole_B = self.are_in_one_extent(positions_B, out_RN.shape[1])
-            left = np.flatnonzero(is_whole_B)
-            while len(left):
-                extents = extents_B[left]
-                slots = self._slot_of_extent[extents]
-                # A slot of -1 looks at the last one, whose answer does not count.
-                is_here = self._is_present[slots, first_page_B[left]]
-                is_here &= self._is_present[slots, last_page_B[left]] & (slots != _NOWHERE)
-                self._clock += 1
-                self._last_use[slots[is_here]] = self._clock
-                here, left = left[is_here], left[~is_here]
-                self._copy_rows(slots[is_here], offsets_B[here], rows_B[here], out_RN)
-                self._bring_some(extents_B[left], first_page_B[left], last_page_B[left])
-            for number in np.flatnonzero(~is_whole_B).tolist():
-                self._copy_run(int(positions_B[number]), out_RN[rows_B[number]])
+            self._forget_what_changed(positions_B[is_asked_B] >> _EXTENT_SHIFT)
+            whole = np.flatnonzero(is_whole_B)
+            positions = positions_B[whole]
+            starts, is_here = self._find(positions, count)
+            if not is_here.all() and len(np.unique(positions >> _EXTENT_SHIFT)) <= self._num_slots:
+                self._bring_some(positions[~is_here], count)
+                starts, is_here = self._find(positions, count)
+            if len(whole) and is_here.all():
+                starts_B = np.zeros(len(positions_B), np.int64)
+                starts_B[whole] = starts
+                parts = copy_runs(self._memory, starts_B, count, edges, rows_at_once)
+            else:
+                rows = np.empty((len(positions_B), 1 + count + 1), np.uint32)
+                rows[:, 0], rows[:, -1] = edges
+                self._gather_by_turns(positions_B, whole, rows[:, 1:-1])
+                parts = [rows[n : n + rows_at_once] for n in range(0, len(rows), rows_at_once)]
+            for number in np.flatnonzero(is_asked_B & ~is_whole_B).tolist():
+                part, row = divmod(number, rows_at_once)
+                self._copy_run(int(positions_B[number]), parts[part][row, 1:-1])
+        return parts
 
-    def _copy_rows(
-        self,
-        slots: NDArray[np.int32],
-        offsets: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        out_RN: NDArray[np.uint32],
+    def _gather_by_turns(
+        self, positions_B: NDArray[np.int64], left: NDArray[np.int64], out_BN: NDArray[np.uint32]
     ) -> None:
-        """Copy runs that are present."""
-        if not len(rows):
-            return
-        count, tokens = out_RN.shape[1], self._tokens
-        # Every run of N tokens as a row of its own: a view, in which neighbours overlap.
-        runs = np.ndarray((len(tokens) - count + 1, count), np.uint32, tokens, 0, (4, 4))
-        starts = slots.astype(np.int64) * _EXTENT_TOKENS + offsets
-        for begin in range(0, len(rows), _ROWS_AT_ONCE):
-            some = slice(begin, begin + _ROWS_AT_ONCE)
-            out_RN[rows[some]] = runs[starts[some]]
+        """Copy runs of which there is no space for all: those that are here, then others."""
+        while len(left):
+            starts, is_here = self._find(positions_B[left], out_BN.shape[1])
+            here, left = left[is_here], left[~is_here]
+            if len(here):
+                (rows,) = copy_runs(
+                    self._memory, starts[is_here], out_BN.shape[1], (0, 0), len(here)
+                )
+                out_BN[here] = rows[:, 1:-1]
+            self._bring_some(positions_B[left], out_BN.shape[1])
 
-    def _bring_some(
-        self,
-        extents: NDArray[np.int64],
-        first_pages: NDArray[np.int64],
-        last_pages: NDArray[np.int64],
-    ) -> None:
-        """Bring the pages of as many of the extents as there is space for at once."""
+    def _find(
+        self, positions_B: NDArray[np.int64], count: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Where runs would begin in memory, and which of them are there; those are used now."""
+        slots_B = self._slot_of_extent.take(positions_B >> _EXTENT_SHIFT).astype(np.int64)
+        starts_B = (slots_B << _EXTENT_SHIFT) + (positions_B & _IN_EXTENT)
+        # A slot of -1 looks at the last one, whose answer does not count.
+        is_present = self._is_present.ravel()
+        is_here_B = is_present.take(starts_B >> _PAGE_SHIFT)
+        is_here_B &= is_present.take((starts_B + (count - 1)) >> _PAGE_SHIFT)
+        is_here_B &= slots_B != NOWHERE
+        self._clock += 1
+        self._last_use[slots_B if is_here_B.all() else slots_B[is_here_B]] = self._clock
+        return starts_B, is_here_B
+
+    def _bring_some(self, positions_B: NDArray[np.int64], count: int) -> None:
+        """Bring the pages of some runs, of as many extents as there is space for at once."""
+        extents, offsets = np.divmod(positions_B, _EXTENT_TOKENS)
+        first_pages, last_pages = offsets // _PAGE_TOKENS, (offsets + count - 1) // _PAGE_TOKENS
         distinct, which = np.unique(extents, return_inverse=True)
         is_wanted = np.zeros((len(distinct), _PAGES_PER_EXTENT), bool)
         is_wanted[which, first_pages] = is_wanted[which, last_pages] = True
         _close_gaps(is_wanted)
         unchecked: dict[tuple[int, int], list[int]] = {}
         wanted = []
-        for extent, pages in list(zip(distinct.tolist(), is_wanted, strict=True))[
-            : self._num_slots
-        ]:
+        for extent, pages in zip(distinct.tolist()[: self._num_slots], is_wanted, strict=False):
             file, first_page = self._place_of(extent)
             block = first_page // PAGES_PER_BLOCK
             self._ahead.finish(file, block)
@@ -289,7 +313,7 @@ class BlockCache:
             self._is_present[slot] = True
             return
         first = int(missing[0])
-        for page, following in pairwise([*missing.tolist(), _NOWHERE]):
+        for page, following in pairwise([*missing.tolist(), NOWHERE]):
             if following != page + 1:
                 run = content[first * PAGE_BYTES : (page + 1) * PAGE_BYTES]
                 file.read_pages(first_page + first, run.data)
@@ -299,9 +323,10 @@ class BlockCache:
     def _slot_for(self, extent: int) -> int:
         """The slot of an extent, which is used now; an empty one where it has none."""
         if not len(self._tokens):
-            self._tokens = np.empty(self._num_slots * _EXTENT_TOKENS, np.uint32)
+            self._memory = np.empty(1 + self._num_slots * _EXTENT_TOKENS + 1, np.uint32)
+            self._tokens = self._memory[1:-1]
         slot = int(self._slot_of_extent[extent])
-        if slot == _NOWHERE:
+        if slot == NOWHERE:
             slot = self._free_slot()
             self._slot_of_extent[extent], self._extent_of_slot[slot] = slot, extent
         self._clock += 1
@@ -312,7 +337,7 @@ class BlockCache:
         """Read a whole block for the first time; it stays until the next one comes."""
         if not len(self._hashed):
             self._hashed = np.empty(BLOCK_BYTES, np.uint8)
-        self._hashed_block = (_NOWHERE, _NOWHERE)
+        self._hashed_block = (NOWHERE, NOWHERE)
         self._files[file].accept(block, self._files[file].read_block(block, self._hashed.data))
         self._hashed_block = (file, block)
 
@@ -324,9 +349,9 @@ class BlockCache:
 
     def _empty(self, slot: int) -> None:
         extent = self._extent_of_slot[slot]
-        if extent != _NOWHERE:
-            self._slot_of_extent[extent] = _NOWHERE
-        self._extent_of_slot[slot] = _NOWHERE
+        if extent != NOWHERE:
+            self._slot_of_extent[extent] = NOWHERE
+        self._extent_of_slot[slot] = NOWHERE
         self._is_present[slot] = False
         self._last_use[slot] = 0
 
@@ -345,12 +370,12 @@ class BlockCache:
                 for slot in np.flatnonzero(of_file).tolist():
                     self._empty(slot)
                 if self._hashed_block[0] == file:
-                    self._hashed_block = (_NOWHERE, _NOWHERE)
+                    self._hashed_block = (NOWHERE, NOWHERE)
 
     def _place_of(self, extent: int) -> tuple[int, int]:
         """The file of an extent, and its first page there."""
-        file = int(np.searchsorted(self._first_extents, extent, side="right")) - 1
-        return file, (extent - int(self._first_extents[file])) * _PAGES_PER_EXTENT
+        file = bisect_right(self._file_starts, extent) - 1
+        return file, (extent - self._file_starts[file]) * _PAGES_PER_EXTENT
 
     def _bytes_of(self, slot: int) -> NDArray[np.uint8]:
         tokens = self._tokens[slot * _EXTENT_TOKENS : (slot + 1) * _EXTENT_TOKENS]

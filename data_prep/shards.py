@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.block_cache import CACHE_BYTES, BlockCache
+from data_prep.block_cache import CACHE_BYTES, NOWHERE, BlockCache
 from data_prep.checked_file import CheckedFile, OpenFiles
 from data_prep.errors import CorruptError, UserError
 from data_prep.manifest import (
@@ -161,6 +161,10 @@ class Dataset:
         readers = [ShardReader(folder, s, self._cache, n) for n, s in enumerate(shards)]
         self._readers = {s: [r for r in readers if r.info.split == s] for s in SPLITS}
         self._token_ends = {s: _ends(r.info.num_tokens for r in self._readers[s]) for s in SPLITS}
+        self._shard_ends = {s: np.array(self._token_ends[s]) for s in SPLITS}
+        self._shard_positions = {
+            s: np.array([r.first_position for r in self._readers[s]], np.int64) for s in SPLITS
+        }
         self._document_ends = {
             s: _ends(r.info.num_documents for r in self._readers[s]) for s in SPLITS
         }
@@ -238,28 +242,37 @@ class Dataset:
         return np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
 
     def read_rows(
-        self, split: Split, starts_B: NDArray[np.int64], out_BN: NDArray[np.uint32]
-    ) -> None:
-        """Read many runs of equal length at once.
+        self,
+        split: Split,
+        starts_B: NDArray[np.int64],
+        count: int,
+        edges: tuple[int, int],
+        rows_at_once: int,
+    ) -> list[NDArray[np.uint32]]:
+        """Read many runs of equal length at once, each with a token before and one behind it.
 
         Args:
             split: `train` or `heldout`.
             starts_B: int64 [B], the first token of each run in the split's stream.
-            out_BN: uint32 [B, N], filled with the N tokens from each start.
+            count: N, tokens of a run.
+            edges: what stands before and behind every run.
+            rows_at_once: rows of an array.
+
+        Returns:
+            uint32 [rows_at_once, 1 + N + 1] each, in the order of the runs, the last one shorter.
 
         Raises:
             CorruptError: a touched block is not what was written; the message names the file.
         """
-        if not len(starts_B):
-            return
-        count = out_BN.shape[1]
         shard_B, positions_B, is_in_one_shard_B = self._places(split, starts_B, count)
         self._check_doc_ends(split, shard_B)
-        rows = np.flatnonzero(is_in_one_shard_B)
-        self._cache.gather(positions_B[rows], rows, out_BN)
-        for row in np.flatnonzero(~is_in_one_shard_B).tolist():
-            start = int(starts_B[row])
-            out_BN[row] = self.read(split, start, start + count)
+        others = np.flatnonzero(~is_in_one_shard_B).tolist()
+        positions_B[others] = NOWHERE
+        parts = self._cache.gather(positions_B, count, edges, rows_at_once)
+        for number in others:
+            (part, row), start = divmod(number, rows_at_once), int(starts_B[number])
+            parts[part][row, 1:-1] = self.read(split, start, start + count)
+        return parts
 
     def announce_rows(self, split: Split, starts_B: NDArray[np.int64], count: int) -> bool:
         """Have threads read and hash the blocks that `read_rows` will soon need.
@@ -294,12 +307,11 @@ class Dataset:
         self, split: Split, starts_B: NDArray[np.int64], count: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
         """The shard of each run, its position in the cache, and whether no other shard follows."""
-        ends, readers = np.array(self._token_ends[split]), self._readers[split]
+        ends = self._shard_ends[split]
         if starts_B.min(initial=0) < 0 or starts_B.max(initial=0) + count > ends[-1]:
             raise IndexError(f"rows that leave the {ends[-1]} tokens of split {split}")
         shard_B = np.searchsorted(ends, starts_B, side="right") - 1
-        first_positions = np.array([reader.first_position for reader in readers])
-        positions_B = starts_B - ends[shard_B] + first_positions[shard_B]
+        positions_B = starts_B + (self._shard_positions[split] - ends[:-1])[shard_B]
         return shard_B, positions_B, starts_B + count <= ends[shard_B + 1]
 
     def document(self, split: Split, index: int) -> tuple[NDArray[np.uint32], ShardInfo]:

@@ -28,6 +28,7 @@ from pipeline.mixture import source_runs
 from pipeline.sample_order import Int64Array
 
 PAD_ID, CLS_ID, SEP_ID, UNK_ID = 0, 1, 2, 3
+_BYTES_AT_ONCE = 512 << 10  # copied together: a core's own cache holds them
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,10 @@ class SequenceStream:
             CorruptError: A block of a shard, hashed at its first use, is not what was written; the
                 message names the sample and its tokens.
         """
+        if not len(samples):
+            nothing = torch.empty(0, dtype=torch.int64)
+            ids_BL, words_B2 = nothing.view(0, self.sequence_length), nothing.view(0, 2)
+            return SequenceBatch(ids_BL, nothing, words_B2, is_full=True)
         (batch,) = self.micro_batches(samples, epochs, len(samples))
         return batch.to(torch.device("cpu"))
 
@@ -164,29 +169,28 @@ class SequenceStream:
         Raises:
             CorruptError: As for `batch`.
         """
-        ids = np.empty((len(samples), self.sequence_length), np.uint32)
-        ids[:, 0], ids[:, -1] = CLS_ID, SEP_ID
         starts = samples * self._content
         lengths = np.minimum(self.num_tokens - starts, self._content) + 2
         is_short = lengths < self.sequence_length
         try:
-            if is_short.any():
-                self._read_ragged(samples, is_short, ids)
-            else:
-                self._dataset.read_rows(self._split, starts, ids[:, 1:-1])
+            parts = self._read(samples, is_short, self._rows_at_once(size))
         except Exception:
             for sample in samples.tolist():  # one at a time, until one of them says whose it is
                 self._tokens(sample)
             raise
         short_rows = np.flatnonzero(is_short)
         with_padding = set((short_rows // size).tolist()) if len(short_rows) else set()
-        parts = zip(
-            torch.from_numpy(ids.view(np.int32)).split(size),
-            torch.from_numpy(lengths).split(size),
-            torch.from_numpy(_identities(epochs, samples)).split(size),
+        each = zip(
+            [ids for part in parts for ids in _split(part.view(np.int32), size)],
+            _split(lengths, size),
+            _split(_identities(epochs, samples), size),
             strict=True,
         )
-        return [SequenceBatch(*each, n not in with_padding) for n, each in enumerate(parts)]
+        return [SequenceBatch(*tensors, n not in with_padding) for n, tensors in enumerate(each)]
+
+    def _rows_at_once(self, size: int) -> int:
+        """Rows of whole batches that are copied together."""
+        return max(1, _BYTES_AT_ONCE // (4 * self.sequence_length * size)) * size
 
     def announce(self, samples: Int64Array) -> bool:
         """Have threads read and hash the blocks that `micro_batches` will soon need.
@@ -205,19 +209,26 @@ class SequenceStream:
         """Read nothing ahead any more, and wait for the threads that do."""
         self._dataset.stop_announced()
 
-    def _read_ragged(
-        self, samples: Int64Array, is_short: npt.NDArray[np.bool_], ids: npt.NDArray[np.uint32]
-    ) -> None:
-        """Read rows of which some are padded: those of the sequence that ends the split."""
+    def _read(
+        self, samples: Int64Array, is_short: npt.NDArray[np.bool_], rows_at_once: int
+    ) -> list[npt.NDArray[np.uint32]]:
+        """Read rows with [CLS] and [SEP], some at a time."""
+        edges = (CLS_ID, SEP_ID)
+        if not is_short.any():
+            starts = samples * self._content
+            return self._dataset.read_rows(self._split, starts, self._content, edges, rows_at_once)
+        # The sequence that ends the split is padded.
         whole = np.flatnonzero(~is_short)
-        content = np.empty((len(whole), self._content), np.uint32)
-        self._dataset.read_rows(self._split, samples[whole] * self._content, content)
-        ids[whole, 1:-1] = content
+        ids = np.full((len(samples), self.sequence_length), PAD_ID, np.uint32)
+        if len(whole):
+            starts = samples[whole] * self._content
+            (ids[whole],) = self._dataset.read_rows(
+                self._split, starts, self._content, edges, len(whole)
+            )
         for row in np.flatnonzero(is_short).tolist():
             tokens = self._tokens(int(samples[row]))
-            ids[row, 1:] = PAD_ID
-            ids[row, 1 : 1 + len(tokens)] = tokens
-            ids[row, 1 + len(tokens)] = SEP_ID
+            ids[row, : 2 + len(tokens)] = [CLS_ID, *tokens, SEP_ID]
+        return [ids[n : n + rows_at_once] for n in range(0, len(ids), rows_at_once)]
 
     def token_range(self, sample: int) -> tuple[int, int]:
         """Give the tokens of a sequence, counted over the split.
@@ -251,3 +262,8 @@ def _identities(epochs: Int64Array, samples: Int64Array) -> Int64Array:
     """Pack the identities of samples into counter words, int64 [n, 2]."""
     # The arithmetic of one sample is that of arrays of them.
     return np.stack(sample_words(cast(Any, epochs), cast(Any, samples)), axis=1)
+
+
+def _split(rows: npt.NDArray[Any], size: int) -> tuple[torch.Tensor, ...]:
+    """Rows as tensors of some each, which share their memory."""
+    return torch.from_numpy(rows).view(-1, size, *rows.shape[1:]).unbind()

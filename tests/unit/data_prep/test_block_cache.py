@@ -85,9 +85,7 @@ def test_rows_that_can_be_gathered():
 
 
 def test_nothing_is_gathered_of_no_rows(originals, hashes):
-    cache_of(originals, hashes).gather(
-        np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 10), np.uint32)
-    )
+    assert cache_of(originals, hashes).gather(np.empty(0, np.int64), 10, (7, 8), 3) == []
 
 
 def test_a_block_is_hashed_once_and_pages_are_read_alone_afterwards(originals, hashes, counted):

@@ -201,3 +201,45 @@ def test_a_file_that_another_replaced_is_noticed_once_it_is_opened_again(tmp_pat
     assert first.has_changed()
     with pytest.raises(CorruptError, match="block 0"):
         read_block(first, 0)
+
+
+def test_a_file_that_makes_room_for_another_can_be_read_to_its_end(tmp_path, monkeypatch):
+    """Its number would be that of the other file, which would be read instead."""
+    files, really, into = OpenFiles(limit=1), os.preadv, bytearray(10)
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode() * 10)
+
+    def open_another_first(descriptor, buffers, offset):
+        monkeypatch.setattr(checked_file.os, "preadv", really)
+        files.version(str(tmp_path / "b"))
+        return really(descriptor, [buffers[0][:4]], offset)
+
+    monkeypatch.setattr(checked_file.os, "preadv", open_another_first)
+    assert files.read_into(str(tmp_path / "a"), 0, memoryview(into)) == 10
+    assert into == b"a" * 10
+
+
+def test_what_is_in_memory_is_not_asked_for(tmp_path, monkeypatch):
+    """Both ends are looked at; where nobody can tell, the operating system is asked."""
+    path, asked, really = tmp_path / "a", [], os.preadv
+    path.write_bytes(bytes(5 * PAGE_BYTES))
+    missing = set()
+
+    def look(descriptor, buffers, offset, flags=0):
+        assert flags == os.RWF_NOWAIT
+        if offset in missing:
+            raise BlockingIOError
+        return really(descriptor, buffers, offset)
+
+    monkeypatch.setattr(checked_file.os, "preadv", look)
+    monkeypatch.setattr(checked_file.os, "posix_fadvise", lambda *words: asked.append(words[1:3]))
+    files, run = OpenFiles(), (PAGE_BYTES, 3 * PAGE_BYTES)
+    files.announce(str(path), *run)
+    assert not asked
+    for place in (PAGE_BYTES, 4 * PAGE_BYTES - 1):
+        missing = {place}
+        files.announce(str(path), *run)
+    assert asked == [run, run]
+    missing = set()
+    files.announce(str(path), 4 * PAGE_BYTES, 3 * PAGE_BYTES)  # beyond the end of the file
+    assert len(asked) == 3

@@ -128,26 +128,24 @@ def test_rows_are_what_is_read_one_by_one(tmp_path, cache_bytes):
     starts = np.random.default_rng(1).permutation(
         starts[(starts >= 0) & (starts + 510 <= ends[-1])]
     )
-    out = np.zeros((len(starts), 512), np.uint32)
-    dataset.read_rows("train", starts, out[:, 1:-1])
-    assert not out[:, [0, -1]].any()
-    expected = [dataset.read("train", start, start + 510) for start in starts.tolist()]
-    assert np.array_equal(out[:, 1:-1], expected)
-    long = np.zeros((2, 1_400_000), np.uint32)
-    dataset.read_rows("train", np.array([5, 1_299_999]), long)
-    assert np.array_equal(long[0, :-1], dataset.read("train", 5, 1_400_004))
-    assert np.array_equal(long[1], dataset.read("train", 1_299_999, 2_699_999))
+    parts = dataset.read_rows("train", starts, 510, (1, 2), 64)
+    assert [len(part) for part in parts[:-1]] == [64] * (len(starts) // 64)
+    expected = [[1, *dataset.read("train", start, start + 510), 2] for start in starts.tolist()]
+    assert np.array_equal(np.concatenate(parts), expected)
+    (long,) = dataset.read_rows("train", np.array([5, 1_299_999]), 1_400_000, (1, 2), 2)
+    assert np.array_equal(long[0, 1:-2], dataset.read("train", 5, 1_400_004))
+    assert np.array_equal(long[1, 1:-1], dataset.read("train", 1_299_999, 2_699_999))
+    assert long[:, [0, -1]].tolist() == [[1, 2]] * 2
 
 
 def test_rows_outside_the_split_are_an_error(tmp_path):
     dataset = make_dataset(tmp_path, [("train", [[1, 2, 3]])])
-    out = np.zeros((1, 2), np.uint32)
     for start in (-1, 2):
         with pytest.raises(IndexError):
-            dataset.read_rows("train", np.array([start]), out)
-    dataset.read_rows("train", np.array([], np.int64), out[:0])
-    dataset.read_rows("train", np.array([1]), out)
-    assert out.tolist() == [[2, 3]]
+            dataset.read_rows("train", np.array([start]), 2, (8, 9), 1)
+    assert dataset.read_rows("train", np.array([], np.int64), 2, (8, 9), 1) == []
+    (rows,) = dataset.read_rows("train", np.array([1]), 2, (8, 9), 1)
+    assert rows.tolist() == [[8, 2, 3, 9]]
 
 
 def test_threads_share_a_dataset(tmp_path):

@@ -102,10 +102,9 @@ def test_damaged_document_ends_stop_the_reading_of_rows(tmp_path):
     make_dataset(tmp_path, [("train", [[1, 2], [3]]), ("train", [[4]])])
     flip(tmp_path / "shard-00001.doc_ends.npy", 128)
     dataset = Dataset.open(tmp_path)
-    out = np.zeros((1, 1), np.uint32)
-    dataset.read_rows("train", np.array([0]), out)
+    dataset.read_rows("train", np.array([0]), 1, (0, 0), 1)
     with pytest.raises(CorruptError, match=r"shard-00001\.doc_ends\.npy"):
-        dataset.read_rows("train", np.array([3]), out)
+        dataset.read_rows("train", np.array([3]), 1, (0, 0), 1)
 
 
 def test_damaged_document_ends_stop_the_reading_of_tokens(tmp_path):

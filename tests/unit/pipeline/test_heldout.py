@@ -78,9 +78,10 @@ class Tokens:
     def read(self, split, start, end):
         return self.ids[start:end].astype(np.uint32)
 
-    def read_rows(self, split, starts, out):
-        for row, start in zip(out, starts.tolist(), strict=True):
-            row[:] = self.read(split, start, start + len(row))
+    def read_rows(self, split, starts, count, edges, rows_at_once):
+        runs = [self.read(split, start, start + count) for start in starts.tolist()]
+        rows = np.array([[edges[0], *run, edges[1]] for run in runs], np.uint32)
+        return [rows[n : n + rows_at_once] for n in range(0, len(rows), rows_at_once)]
 
 
 def evaluate(num_tokens, max_sequences=100, batch_size=3, **options):

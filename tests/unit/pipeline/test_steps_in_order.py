@@ -25,10 +25,10 @@ class Announced(Tokens):
         self.calls.append(("announce", tuple(starts.tolist())))
         return True
 
-    def read_rows(self, split, starts, out):
+    def read_rows(self, split, starts, *shape):
         self.left = self.room
         self.calls.append(("read", tuple(starts.tolist())))
-        super().read_rows(split, starts, out)
+        return super().read_rows(split, starts, *shape)
 
     def stop_announced(self):
         self.calls.append(("stop", ()))
