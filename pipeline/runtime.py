@@ -7,7 +7,8 @@
     environment              versions and hardware, compared when a run resumes
     configure_logging        rank 0 to the terminal, every rank to logs/rank-NNNNN.log
 
-`os.environ` is read here and nowhere else in the pipeline.
+`os.environ` is read here and nowhere else in the pipeline, but by `deberta doctor`
+where torch cannot be imported.
 """
 
 import importlib.metadata

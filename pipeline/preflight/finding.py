@@ -18,8 +18,14 @@ class Finding:
     """What helps; empty where all is well."""
 
     @property
+    def is_warning(self) -> bool:
+        """Whether training runs, and something would still be better: ok, with a cure."""
+        return self.ok and bool(self.cure)
+
+    @property
     def line(self) -> str:
-        """The finding as `NODE CHECK: ok, ...` or `NODE CHECK: FAIL, ...; CURE`."""
-        if self.ok:
-            return f"{self.node} {self.check}: ok, {self.text}"
-        return f"{self.node} {self.check}: FAIL, {self.text}; {self.cure}"
+        """The finding as `NODE CHECK: ok, ...`, or `warning, ...; CURE`, or `FAIL, ...; CURE`."""
+        start = f"{self.node} {self.check}"
+        if self.ok and not self.cure:
+            return f"{start}: ok, {self.text}"
+        return f"{start}: {'warning' if self.ok else 'FAIL'}, {self.text}; {self.cure}"

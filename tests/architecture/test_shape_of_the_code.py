@@ -36,7 +36,7 @@ LAYERS = {
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 CONTRACT = {"data_prep.errors", "data_prep.manifest", "data_prep.shards", "data_prep.tokenizer"}
-MAY_NAME_DEEPSPEED = {"engine", "engine_reads", "checkpoint", "export"}
+MAY_NAME_DEEPSPEED = {"engine", "engine_reads", "checkpoint", "export", "preflight"}
 FORBIDDEN_BELOW_SERVICES = {"deepspeed", "torch.distributed", "time"}
 
 

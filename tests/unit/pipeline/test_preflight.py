@@ -280,11 +280,11 @@ def test_the_command(alone, capsys, monkeypatch):
     assert wrong["cure"]
 
 
-def test_the_command_without_a_part(alone, capsys):
+def test_a_node_alone_builds_nothing(alone, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["doctor"])
+        cli.main(["doctor", "--node", "--build"])
     assert caught.value.code == 2
-    assert "deberta doctor --node looks at this node" in capsys.readouterr().err
+    assert "--build belongs to the installation: leave --node out" in capsys.readouterr().err
 
 
 def test_variables_of_a_job(alone, capsys, monkeypatch, tmp_path):
