@@ -1,13 +1,17 @@
-"""How SQuAD and ReCoRD compare a predicted text with a right one.
+"""How SQuAD and ReCoRD compare a predicted text with the right ones.
 
-By the definitions of SQuAD's evaluate-v2.0.py: lower case, then without punctuation, articles
-(a, an, the) and repeated spaces. ReCoRD's script and SQuAD 1.1's share them, but for F1 where
-nothing is left of both texts: 1 here, 0 there.
+All scripts compare what is left of a text in lower case, without punctuation, articles (a, an, the)
+and repeated spaces. They differ where nothing is left:
+
+    evaluate-v1.1.py, ReCoRD's    F1 is 0, also where nothing is left of both
+    evaluate-v2.0.py              F1 is 1 where nothing is left of both; a right answer of which
+                                  nothing is left does not count beside others
 """
 
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -27,31 +31,47 @@ def normalize_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 
 
-def exact_match(predicted: str, answer: str) -> float:
-    """Compare two texts.
+def exact_match(predicted: str, answers: Sequence[str], *, may_be_none: bool) -> float:
+    """Compare a text with the right ones; the best counts.
 
     Args:
         predicted: The predicted text, "" for no answer.
-        answer: A right one, "" where there is none.
+        answers: The right ones; none where the question has no answer.
+        may_be_none: Whether SQuAD 2.0's rules hold, by which a question may have no answer.
 
     Returns:
-        1 where both are the same after normalisation, else 0.
+        1 where it is the same as one of them after normalisation, else 0.
     """
-    return float(normalize_answer(predicted) == normalize_answer(answer))
+    words = normalize_answer(predicted)
+    return float(any(words == right for right in _counted(answers, may_be_none)))
 
 
-def token_f1(predicted: str, answer: str) -> float:
-    """Compare the words of two texts.
+def token_f1(predicted: str, answers: Sequence[str], *, may_be_none: bool) -> float:
+    """Compare the words of a text with those of the right ones; the best counts.
 
     Args:
         predicted: The predicted text, "" for no answer.
-        answer: A right one, "" where there is none.
+        answers: The right ones; none where the question has no answer.
+        may_be_none: Whether SQuAD 2.0's rules hold, by which a question may have no answer.
 
     Returns:
-        F1 of the words they share, with repetitions; where one side has none, whether both do.
+        F1 of the words it shares with one of them, with repetitions.
     """
-    words, right = normalize_answer(predicted).split(), normalize_answer(answer).split()
-    if not words or not right:
-        return float(words == right)
+    words = normalize_answer(predicted).split()
+    return max(
+        _word_f1(words, right.split(), may_be_none) for right in _counted(answers, may_be_none)
+    )
+
+
+def _counted(answers: Sequence[str], may_be_none: bool) -> list[str]:
+    """Normalise the right answers, and leave out what the rules leave out; at least one is left."""
+    normal = [normalize_answer(answer) for answer in answers]
+    return ([text for text in normal if text] if may_be_none else normal) or [""]
+
+
+def _word_f1(words: list[str], right: list[str], may_be_none: bool) -> float:
+    """Compute F1 of two lists of words."""
+    if not words and not right:
+        return float(may_be_none)
     shared = sum((Counter(words) & Counter(right)).values())
     return 2 * shared / (len(words) + len(right))

@@ -189,13 +189,15 @@ def _ratio(rows: Rows) -> float:
     return float(rows[:, 0].sum() / rows[:, 1].sum())
 
 
-def _answer_rows(compare: Callable[[str, str], float]) -> Callable[..., Rows]:
-    """Compare each predicted text with all right ones; the best counts."""
+def _answer_rows(compare: Callable[..., float]) -> Callable[..., Rows]:
+    """Compare each predicted text with the right ones."""
 
     def rows(examples: Sequence[Any], predictions: Sequence[Any]) -> Rows:
+        # By the rules of SQuAD 2.0 where questions have no answer, else by those of 1.1 and ReCoRD.
+        may_be_none = not all(example.answers for example in examples)
         return np.array(
             [
-                [max(compare(predicted, answer) for answer in example.answers or ("",))]
+                [compare(predicted, example.answers, may_be_none=may_be_none)]
                 for example, predicted in zip(examples, predictions, strict=True)
             ],
             dtype=np.float64,

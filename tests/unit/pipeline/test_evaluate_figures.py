@@ -70,8 +70,9 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("predicted", "answer", "exact", "f1"), ANSWERS)
 def test_answers(predicted, answer, exact, f1):
-    assert exact_match(predicted, answer) == exact
-    assert token_f1(predicted, answer) == pytest.approx(f1)
+    answers = [answer] if answer else []
+    assert exact_match(predicted, answers, may_be_none=True) == exact
+    assert token_f1(predicted, answers, may_be_none=True) == pytest.approx(f1)
 
 
 def test_normalisation():
