@@ -184,7 +184,7 @@ def _without_labels(value):
 
 
 def write_superglue(folder, train=6, dev=6, test=4):
-    """All eight tasks as the archives unpack."""
+    """All eight tasks and both diagnostics as the archives unpack."""
     for task, (make, num_labels) in _SUPERGLUE.items():
         for name, count in (("train", train), ("val", dev), ("test", test)):
             drawn = draw(count, num_labels, seed=count)
@@ -192,6 +192,13 @@ def write_superglue(folder, train=6, dev=6, test=4):
             if name == "test":
                 objects = _without_labels(objects)
             write_lines(folder / task / f"{name}.jsonl", objects)
+    for task, names in (("AX-b", _PAIR[1:]), ("AX-g", ("premise", "hypothesis"))):
+        objects = []
+        for i, label in enumerate(draw(dev, 2, seed=dev)):
+            texts = dict(zip(names, (text(label, i), "so"), strict=True))
+            spelled = ("entailment", "not_entailment")[label]
+            objects.append({**texts, "label": spelled, "idx": i, "pair_id": i // 2})
+        write_lines(folder / task / f"{task}.jsonl", objects)
     return folder
 
 

@@ -1,6 +1,7 @@
 """What a published task is: a declaration, with nothing that computes.
 
     Split      one part of its data: the published file, and the name in `datasets`
+    Diagnostic examples of its classes that are scored by figures of their own
     Recipe     how to fine-tune DeBERTaV3-large on it, and where that was read
     TaskSpec   everything: kind, reader of records, labels, figures, splits, submission format
 
@@ -35,6 +36,15 @@ class Split:
     """Names of the columns of a published file without a header."""
     skips_ragged: bool = False
     """Whether the published file has broken rows, which everybody leaves out."""
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """Examples that are scored where they are at hand, and count in no average."""
+
+    split: Split
+    figures: tuple[str, ...]
+    """Names of the figures that are reported, of `figures.FIGURES`."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,10 @@ class TaskSpec:
     """File of the submission -> split without public labels."""
     submission: str = "jsonl"
     """Format of these files, of `submissions.FORMATS`."""
+    groups: tuple[str, ...] = ()
+    """Values of the examples' `group` whose figures are reported beside those of all."""
+    diagnostics: Mapping[str, Diagnostic] = field(default_factory=dict)
+    """Part -> diagnostic, as of SuperGLUE's RTE."""
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
     """Published recipes of other sizes: xsmall, small, base."""
     is_averaged: bool = True

@@ -27,7 +27,7 @@ class TextExample:
     label: float | None
     """Number of the class; for regression the number itself."""
     group: Any = None
-    """What examples are scored together by: the question of MultiRC."""
+    """What examples are scored together by: the question of MultiRC, the pair of Winogender."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class ChoiceExample:
     key: Any
     choices: tuple[tuple[str, str], ...]
     label: int | None
+    group: Any = None
+    """What is reported apart: the level of RACE."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class TaggedExample:
     key: Any
     words: tuple[str, ...]
     tag_names: tuple[str, ...] | None
+    document: Any = None
+    """What neighbours share that are read together; None where each sentence stands alone."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ A figure is made in two steps, so that its spread over the test examples can be 
     rows     examples and predictions -> numbers of each unit, float64 [N, K]
     value    the numbers of any units -> the figure, in [0, 1] or [-1, 1]
 
-A unit is an example; of MultiRC it is a question, and of tagging a sentence. Matthews' correlation,
+A unit is an example; of MultiRC it is a question, of Winogender's parity a pair, and of tagging a
+sentence. Matthews' correlation,
 F1 and the correlations of Pearson and Spearman are functions of all units at once, the others
 averages over units.
 """
@@ -142,6 +143,14 @@ def _question_rows(examples: Sequence[Any], predictions: Sequence[Any]) -> Rows:
     )
 
 
+def _same_rows(examples: Sequence[Any], predictions: Sequence[Any]) -> Rows:
+    """Of each pair of Winogender: whether both predictions are the same."""
+    by_pair: dict[Any, set[Any]] = {}
+    for example, predicted in zip(examples, predictions, strict=True):
+        by_pair.setdefault(example.group, set()).add(predicted)
+    return np.array([[len(found) == 1] for found in by_pair.values()], dtype=np.float64)
+
+
 def _span_rows(examples: Sequence[Any], predictions: Sequence[Any]) -> Rows:
     """Of each sentence: right, predicted and true spans, by conlleval's rules."""
     rows = []
@@ -217,6 +226,7 @@ FIGURES = {
     "exact_match_of_questions": Figure(_question_rows, _all_right),
     "exact_match": Figure(_answer_rows(exact_match), _mean),
     "token_f1": Figure(_answer_rows(token_f1), _mean),
+    "gender_parity": Figure(_same_rows, _mean),
     "span_f1": Figure(_span_rows, _micro_f1),
     "tag_accuracy": Figure(_token_rows, _ratio),
     "tag_macro_f1": Figure(_tag_pairs, _macro_f1),

@@ -37,7 +37,7 @@ class Kind(Protocol):
     def features(
         self, examples: Sequence[Any], tokenizer: Tokenizer, limits: Limits
     ) -> list[Feature]:
-        """Tokenize examples; every example has at least one feature."""
+        """Tokenize examples; one may have several features, and sentences may share them."""
         ...
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:

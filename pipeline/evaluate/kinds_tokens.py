@@ -3,7 +3,7 @@
 Letters: B examples, C tags, L sequence length.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ class Tagging:
     """A tag of every word.
 
     A word's tag is on its first piece; a long sentence is cut between words, so that every word is
-    predicted.
+    predicted. Neighbours of a document share sequences, as many whole sentences as fit.
     """
 
     head = "AutoModelForTokenClassification"
@@ -37,15 +37,18 @@ class Tagging:
         self, examples: Sequence[Any], tokenizer: Tokenizer, limits: Limits
     ) -> list[Feature]:
         """Tokenize sentences word by word."""
-        features = []
+        filler = _SequenceFiller(tokenizer, limits.max_length)
+        previous = None
         for number, example in enumerate(examples):
             # An empty piece list (a word of zero-width characters) must not lose its tag.
             pieces = [ids or [tokenizer.unk_id] for ids in tokenizer.encode_batch(example.words)]
             names = example.tag_names
             # Without public tags any number but IGNORED marks the pieces to predict.
             labels = [self._numbers[n] for n in names] if names else [0] * len(pieces)
-            features += _sentence_features(tokenizer, pieces, labels, limits.max_length, number)
-        return features
+            goes_on = number > 0 and previous is not None and previous == example.document
+            filler.add(pieces, labels, number, goes_on)
+            previous = example.document
+        return filler.finish()
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Give [B, L, C]."""
@@ -65,38 +68,73 @@ class Tagging:
         self, outputs: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]
     ) -> list[list[str]]:
         """Choose the best tag of every word."""
-        tags: list[list[str]] = [[] for _ in examples]
+        tags: list[str] = []
         for output, feature in zip(outputs, features, strict=True):
             places = [i for i, label in enumerate(feature.labels) if label != IGNORED]
-            tags[feature.example] += [self._labels[i] for i in output[places].argmax(-1)]
-        return tags
+            tags += [self._labels[i] for i in output[places].argmax(-1)]
+        # Sequences hold the words of all sentences in order, wherever they are cut.
+        ends = np.cumsum([len(example.words) for example in examples]).tolist()
+        return [tags[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _sentence_features(
-    tokenizer: Tokenizer,
-    pieces: Sequence[list[int]],
-    labels: Sequence[int],
-    max_length: int,
-    example: int,
-) -> Iterator[Feature]:
-    """Cut a sentence between words into sequences that fit."""
-    room = max_length - 2
-    ids: list[int] = []
-    targets: list[int] = []
-    num_cut = 0
+class _SequenceFiller:
+    """Puts sentences into sequences that fit, and cuts between words where one does not.
 
-    def framed() -> Feature:
-        labels = (IGNORED, *targets, IGNORED)
-        return Feature((make_sequence(tokenizer, ids),), labels, example, num_cut=num_cut)
+    Args:
+        tokenizer: Knows the special ids.
+        max_length: Tokens of a sequence, special ones included.
+    """
 
-    for word, label in zip(pieces, labels, strict=True):
-        if len(ids) + min(len(word), room) > room:
-            yield framed()
-            ids, targets, num_cut = [], [], 0
-        num_cut += len(word) > room
-        ids += word[:room]
-        targets += [label] + [IGNORED] * (min(len(word), room) - 1)
-    yield framed()
+    def __init__(self, tokenizer: Tokenizer, max_length: int):
+        self._tokenizer, self._room = tokenizer, max_length - 2
+        self._features: list[Feature] = []
+        self._begin(0)
+
+    def _begin(self, example: int) -> None:
+        self._ids: list[int] = []
+        self._targets: list[int] = []
+        self._num_cut, self._example = 0, example
+
+    def _close(self, example: int) -> None:
+        """Keep the sequence, and begin one of an example."""
+        if self._ids:
+            sequence = make_sequence(self._tokenizer, self._ids)
+            labels = (IGNORED, *self._targets, IGNORED)
+            self._features.append(
+                Feature((sequence,), labels, self._example, num_cut=self._num_cut)
+            )
+        self._begin(example)
+
+    def add(
+        self, pieces: Sequence[list[int]], labels: Sequence[int], example: int, goes_on: bool
+    ) -> None:
+        """Add a sentence.
+
+        Args:
+            pieces: Token ids of each word.
+            labels: Number of each word's tag.
+            example: Number of the sentence.
+            goes_on: Whether it is of the document of the one before.
+        """
+        size = sum(min(len(word), self._room) for word in pieces)
+        if not goes_on or len(self._ids) + size > self._room:
+            self._close(example)
+        for word, label in zip(pieces, labels, strict=True):
+            kept = word[: self._room]
+            if len(self._ids) + len(kept) > self._room:
+                self._close(example)
+            self._num_cut += len(word) > self._room
+            self._ids += kept
+            self._targets += [label] + [IGNORED] * (len(kept) - 1)
+
+    def finish(self) -> list[Feature]:
+        """Give the sequences.
+
+        Returns:
+            Features in the order of the words; `example` is the first sentence in each.
+        """
+        self._close(0)
+        return self._features
 
 
 class Span:

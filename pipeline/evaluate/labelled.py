@@ -5,7 +5,7 @@
 
 A .csv has quotes and a header, a .tsv has a header and no quotes (a quotation mark is text). CoNLL
 columns are divided by spaces or tabs; the first is the token, the last the tag; -DOCSTART- lines
-are skipped. What is wrong with a file is said with its line.
+begin documents. What is wrong with a file is said with its line.
 """
 
 import csv
@@ -62,6 +62,8 @@ class TaggedSentence:
     """Line of its first token, from 1."""
     words: tuple[str, ...]
     tags: tuple[str, ...]
+    document: int | None = None
+    """Number of its document, from 1, where -DOCSTART- lines tell documents."""
 
 
 def task_kind(path: Path, asked: TaskKind | None) -> TaskKind:
@@ -133,7 +135,7 @@ def read_sentences(path: Path) -> list[TaggedSentence]:
     """
     sentences: list[TaggedSentence] = []
     pairs: list[tuple[str, str]] = []
-    num_columns = 0
+    num_columns, document = 0, None
     for number, line in enumerate((*_lines(path), ""), start=1):
         fields = line.split("\t") if "\t" in line else line.split()
         fields = [field.strip() for field in fields]
@@ -141,8 +143,9 @@ def read_sentences(path: Path) -> list[TaggedSentence]:
         if not any(fields) or is_mark:
             if pairs:
                 words, tags = zip(*pairs, strict=True)
-                sentences.append(TaggedSentence(number - len(pairs), words, tags))
+                sentences.append(TaggedSentence(number - len(pairs), words, tags, document))
                 pairs = []
+            document = (document or 0) + 1 if is_mark else document
             continue
         num_columns = num_columns or len(fields)
         if len(fields) < 2 or len(fields) != num_columns or not (fields[0] and fields[-1]):

@@ -1,8 +1,11 @@
 """Named entities: CoNLL-2003 (Tjong Kim Sang and De Meulder 2003, arXiv:cs/0306050).
 
 Records are sentences of the published files, eng.train, eng.testa and eng.testb, or of their usual
-copies train.txt, valid.txt and test.txt, or rows of `eriktks/conll2003`. Each sentence is an input;
-the authors' code puts the neighbours of a document together.
+copies train.txt, valid.txt and test.txt, or rows of `eriktks/conll2003`.
+
+As in the authors' ner_task.py, sentences of a document are read together, as many as fit. Published
+files tell documents by -DOCSTART-; rows of `datasets` do not, and each sentence is an input of its
+own there. Spans are scored by sentence in both cases, as conlleval does.
 """
 
 from typing import Any
@@ -13,18 +16,21 @@ from pipeline.evaluate.examples import TaggedExample
 from pipeline.evaluate.records import Record
 
 _TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")
+_DOCUMENT = ("document_id", "doc_id")
 
 
 def _read(record: Record, is_labelled: bool) -> list[Any]:
     """Read the words of a sentence and their tags, names or numbers."""
     words = tuple(map(str, record.items("tokens", "words")))
+    document = record.value(*_DOCUMENT) if record.has(*_DOCUMENT) else None
     if not is_labelled or not words:
-        return [TaggedExample(record.row, words, None)] if words else []
+        return [TaggedExample(record.row, words, None, document)] if words else []
     tags = record.items("ner_tags", "tags")
     if len(tags) != len(words):
         raise UserError(f"{record.where}: {len(words)} tokens, but {len(tags)} tags")
     numbers = [Record(record.where, 0, {"ner_tags": t}).label(_TAGS, "ner_tags") for t in tags]
-    return [TaggedExample(record.row, words, tuple(_TAGS[number] for number in numbers))]
+    tag_names = tuple(_TAGS[number] for number in numbers)
+    return [TaggedExample(record.row, words, tag_names, document)]
 
 
 NER = (

@@ -5,6 +5,7 @@ Records are articles of SQuAD's .json, RACE's .txt of one JSON object each, SWAG
 SWAG.
 """
 
+import re
 from typing import Any
 
 from data_prep.errors import UserError
@@ -14,6 +15,8 @@ from pipeline.evaluate.records import Record
 from pipeline.evaluate.text_readers import record_key
 
 _LETTERS = ("A", "B", "C", "D")
+_LEVELS = ("middle", "high")
+_LEVEL_IN_PATH = r"[/_](middle|high)[/.]"
 
 
 def read_squad(record: Record, is_labelled: bool) -> list[Any]:
@@ -74,12 +77,15 @@ def _race(record: Record, is_labelled: bool) -> list[Any]:
             )
         rows = list(zip(questions, options, answers, strict=True))
     key = record.value("example_id", "id") if record.has("example_id", "id") else record.row
+    # Articles are named by their level, high123.txt, and so are the files that hold several.
+    found = re.findall(r"^(middle|high)", str(key)) or re.findall(_LEVEL_IN_PATH, record.where)
+    level = found[-1] if found else None
     examples = []
     for number, (question, choices, answer) in enumerate(rows):
         pairs = tuple((article, f"{question} {choice}".strip("_ ")) for choice in choices)
         given = Record(record.where, record.row, {"answer": answer})
         label = given.label(_LETTERS, "answer") if is_labelled else None
-        examples.append(ChoiceExample(f"{key}-{number}", pairs, label))
+        examples.append(ChoiceExample(f"{key}-{number}", pairs, label, level))
     return examples
 
 
@@ -127,6 +133,7 @@ READING = (
         figures=("accuracy",),
         train=(Split("train", ("train/*/*.txt", "train_*.jsonl")),),
         scored={"": Split("test", ("test/*/*.txt", "test_*.jsonl"))},
+        groups=_LEVELS,
         recipe=Recipe(
             8e-6, 6, 32, 100, 512, 0.2, "experiments/my_exp/run_race.sh, DeBERTa-large; length 512"
         ),

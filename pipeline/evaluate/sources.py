@@ -75,6 +75,24 @@ class DataSource:
             return True
         return any(split.name in self._on_disk(folder) for folder in self._saved(spec, split))
 
+    def has_labels(self, spec: TaskSpec, split: Split) -> bool:
+        """Tell whether a split is there with its labels, by its first record.
+
+        Args:
+            spec: The task.
+            split: Its split.
+
+        Returns:
+            Whether both are.
+        """
+        try:
+            first = next(self.records(spec, split), None) if self.has(spec, split) else None
+        except UserError:
+            if Path(self.data).is_dir():
+                raise
+            return False  # another repository on the hub may lack it
+        return first is not None and first.has("label") and first.value("label") != -1
+
     def records(self, spec: TaskSpec, split: Split) -> Iterator[Record]:
         """Find the records of a split.
 
@@ -227,8 +245,8 @@ def file_rows(
             yield f"{path}, line {line}", values
     elif is_tagging:
         for sentence in read_sentences(path):
-            values = {"tokens": list(sentence.words), "ner_tags": list(sentence.tags)}
-            yield f"{path}, line {sentence.line}", values
+            values = {"tokens": sentence.words, "ner_tags": sentence.tags}
+            yield f"{path}, line {sentence.line}", {**values, "document_id": sentence.document}
     else:
         yield from _json_document(path)
 

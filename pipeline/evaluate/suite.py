@@ -102,7 +102,7 @@ def evaluate_tasks(
     _check_options(options)
     strategy = strategy or AloneStrategy(choose_device(options.device))
     for spec in specs:
-        for split in (*spec.train, *spec.scored.values()):
+        for split in (*spec.train, *_scored(source, spec).values()):
             _check_columns(source, spec, split)
     with encoder_repository(model, dataset) as repository, _results(options) as folder:
         recipes = {spec.name: _recipe(repository, spec, options) for spec in specs}
@@ -167,6 +167,13 @@ def _check_options(options: SuiteOptions) -> None:
         raise UserError(
             "--shard needs --results FOLDER, which all shards share: there they find each other"
         )
+
+
+def _scored(source: DataSource, spec: TaskSpec) -> dict[str, Split]:
+    """Find what is scored: the task's parts, and the diagnostics that are at hand."""
+    found = {part: diagnostic.split for part, diagnostic in spec.diagnostics.items()}
+    at_hand = {part: split for part, split in found.items() if source.has_labels(spec, split)}
+    return {**spec.scored, **at_hand}
 
 
 def _check_columns(source: DataSource, spec: TaskSpec, split: Split) -> None:
@@ -246,7 +253,7 @@ def _prepare(
         num_outputs,
         recipe,
         inputs(spec.train, True, options.max_train),
-        {part: inputs([split], True) for part, split in spec.scored.items()},
+        {part: inputs([split], True) for part, split in _scored(source, spec).items()},
         predicted,
     )
 

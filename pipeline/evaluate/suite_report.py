@@ -98,8 +98,10 @@ def build_report(
     for spec in specs:
         for start in dict.fromkeys(result.name.start for result in results):
             runs = [r for r in results if (r.name.task, r.name.start) == (spec.name, start)]
-            for part in spec.scored:
-                for figure in spec.figures:
+            # A diagnostic that was not at hand for some runs is of none.
+            parts = [p for p in runs[0].scores if all(p in run.scores for run in runs)]
+            for part in parts:
+                for figure in runs[0].scores[part]:
                     rows = [run.rows[f"{part}:{figure}"] for run in runs]
                     by_seed = tuple(run.scores[part][figure] for run in runs)
                     ends = interval(rows, FIGURES[figure])
@@ -112,7 +114,7 @@ def _averages(
     specs: Sequence[TaskSpec], results: Sequence[RunResult]
 ) -> dict[str, dict[str, tuple[float, ...]]]:
     """Average whole suites, for every start and seed."""
-    from pipeline.evaluate.catalogue import SUITES
+    from pipeline.evaluate.catalogue import SUITES, TASKS
 
     names = {spec.name for spec in specs}
     averages: dict[str, dict[str, tuple[float, ...]]] = {}
@@ -123,7 +125,8 @@ def _averages(
         scores: dict[str, dict[int, list[float]]] = {}
         for result in results:
             if result.name.task in counted:
-                values = [v for part in result.scores.values() for v in part.values()]
+                parts = TASKS[result.name.task].scored
+                values = [v for part in parts for v in result.scores[part].values()]
                 by_seed = scores.setdefault(result.name.start, {})
                 by_seed.setdefault(result.name.seed, []).append(statistics.fmean(values))
         averages[suite] = {

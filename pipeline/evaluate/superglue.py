@@ -3,12 +3,15 @@
 Records are lines of the published .jsonl files or rows of `aps/super_glue`; readers take both. The
 texts of a pair stand as in DeBERTa's superglue_tasks.py. Of the recipes the authors published
 ReCoRD's for DeBERTaV3-large and COPA's for DeBERTa-large; the others are chosen near these.
+
+The model of RTE also reads the diagnostics: AX-b (linguistic phenomena) and AX-g (Winogender, pairs
+of sentences that differ in a pronoun's gender).
 """
 
 import re
 from typing import Any
 
-from pipeline.evaluate.declaration import Recipe, Split, TaskSpec
+from pipeline.evaluate.declaration import Diagnostic, Recipe, Split, TaskSpec
 from pipeline.evaluate.examples import (
     ChoiceExample,
     EntityExample,
@@ -143,6 +146,9 @@ def _task(name: str, folder: str, figures: tuple[str, ...], **values: Any) -> Ta
 
 
 _PREMISE = (("premise",), ("hypothesis",))
+# The diagnostics lie beside RTE, where the archives are unpacked.
+_AX_B = Split("test", ("../AX-b/AX-b.jsonl", "AX-b.jsonl"), "axb")
+_AX_G = Split("test", ("../AX-g/AX-g.jsonl", "AX-g.jsonl"), "axg")
 
 SUPERGLUE = (
     _task(
@@ -192,7 +198,18 @@ SUPERGLUE = (
         ("accuracy",),
         labels=_RTE,
         hub=("aps/super_glue", "rte"),
-        read=text_reader(*_PREMISE, labels=_RTE),
+        read=text_reader(
+            ("premise", "sentence1"), ("hypothesis", "sentence2"), labels=_RTE, group=("pair_id",)
+        ),
+        predicted={
+            "RTE.jsonl": Split("test", ("test.jsonl",)),
+            "AX-b.jsonl": _AX_B,
+            "AX-g.jsonl": _AX_G,
+        },
+        diagnostics={
+            "AX-b": Diagnostic(_AX_B, ("matthews_correlation",)),
+            "AX-g": Diagnostic(_AX_G, ("accuracy", "gender_parity")),
+        },
         recipe=Recipe(1e-5, 6, 32, 50, 320, 0.3, "experiments/glue/rte.sh"),
     ),
     _task(

@@ -74,6 +74,7 @@ class PreparedTask:
     recipe: Recipe
     train: Inputs
     scored: Mapping[str, Inputs]
+    """Part -> its inputs; diagnostics included, where they are at hand."""
     predicted: Mapping[str, Inputs]
     """File of the submission -> its inputs."""
 
@@ -127,20 +128,34 @@ def run_task(
 
         scored = {part: predict(inputs) for part, inputs in task.scored.items()}
         predicted = {file: predict(inputs) for file, inputs in task.predicted.items()}
-    rows: dict[str, np.ndarray] = {}
-    scores: dict[str, dict[str, float]] = {}
-    for part, inputs in task.scored.items():
-        found = scored[part]
-        for figure in task.spec.figures:
-            rows[f"{part}:{figure}"] = FIGURES[figure].rows(inputs.examples, found)
-        scores[part] = {f: FIGURES[f].value(rows[f"{part}:{f}"]) for f in task.spec.figures}
     if predictions is not None and strategy.rank == 0:
         for file, inputs in task.predicted.items():
             text = FORMATS[task.spec.submission](task.spec, inputs.examples, predicted[file])
             path = predictions / f"{name.start}-seed-{name.seed}" / file
             write_whole(path, text.encode("utf-8"))
+    return _score(task, name, scored)
+
+
+def _score(task: PreparedTask, name: RunName, found: Mapping[str, list[Any]]) -> RunResult:
+    """Compare the predictions of every part, and of its groups, with the labels."""
+    rows: dict[str, np.ndarray] = {}
+    scores: dict[str, dict[str, float]] = {}
     counts = {"train": len(task.train.examples)}
-    counts |= {part: len(inputs.examples) for part, inputs in task.scored.items()}
+    for part, inputs in task.scored.items():
+        diagnostic = task.spec.diagnostics.get(part)
+        figures = diagnostic.figures if diagnostic else task.spec.figures
+        pairs = list(zip(inputs.examples, found[part], strict=True))
+        chosen = {part: pairs}
+        for group in task.spec.groups:
+            chosen[f"{part} {group}".strip()] = [p for p in pairs if p[0].group == group]
+        for label, some in chosen.items():
+            if not some:
+                continue
+            examples, predictions = zip(*some, strict=True)
+            for figure in figures:
+                rows[f"{label}:{figure}"] = FIGURES[figure].rows(examples, predictions)
+            scores[label] = {f: FIGURES[f].value(rows[f"{label}:{f}"]) for f in figures}
+            counts[label] = len(examples)
     return RunResult(name, scores, rows, counts)
 
 

@@ -29,6 +29,7 @@ def text_reader(
     *,
     label: tuple[str, ...] = ("label",),
     labels: tuple[str, ...] = (),
+    group: tuple[str, ...] = (),
 ) -> Reader:
     """Make the reader of a task.
 
@@ -37,6 +38,8 @@ def text_reader(
         text_pair: Names of the column of the second; none where there is one text.
         label: Names of the column of the label.
         labels: Names of the classes; none for regression.
+        group: Names of the column that pairs of examples share; where a file does not have it,
+            neighbours are pairs.
 
     Returns:
         (record, whether it must have a label) -> one example.
@@ -47,6 +50,9 @@ def text_reader(
         if is_labelled:
             value = record.label(labels, *label) if labels else record.number(*label)
         pair = record.text(*text_pair) if text_pair else None
-        return [TextExample(record_key(record), record.text(*text), pair, value)]
+        shared = None
+        if group:
+            shared = record.value(*group) if record.has(*group) else record.row // 2
+        return [TextExample(record_key(record), record.text(*text), pair, value, shared)]
 
     return read

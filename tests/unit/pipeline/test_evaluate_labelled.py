@@ -49,8 +49,8 @@ def test_tsv_has_no_quotes(write):
 def test_conll(write):
     text = "-DOCSTART- -X- O\n\nNew NNP B-LOC\nYork NNP I-LOC\n  \nyes UH O\n"
     assert read_sentences(write("a.conll", text)) == [
-        TaggedSentence(3, ("New", "York"), ("B-LOC", "I-LOC")),
-        TaggedSentence(6, ("yes",), ("O",)),
+        TaggedSentence(3, ("New", "York"), ("B-LOC", "I-LOC"), 1),
+        TaggedSentence(6, ("yes",), ("O",), 1),
     ]
 
 

@@ -1,6 +1,7 @@
 """CoNLL-2003, XNLI in its three ways and ANLI, from files in their own formats."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ import pytest
 from data_prep.errors import UserError
 from pipeline.evaluate import figures
 from pipeline.evaluate.catalogue import SUITES, TASKS, find_tasks
+from pipeline.evaluate.features import IGNORED
 from pipeline.evaluate.inference import LANGUAGES
+from pipeline.evaluate.kind import Limits
+from pipeline.evaluate.kinds import find_kind
 from pipeline.evaluate.recipes import Overrides
 from pipeline.evaluate.sources import DataSource
 from pipeline.evaluate.suite import SuiteOptions, evaluate_tasks
@@ -176,3 +180,34 @@ def test_wrong_own_files(tmp_path, kind, row, message):
     path.write_text("\n")
     with pytest.raises(UserError, match=r"a.jsonl: holds no examples"):
         read_task(kind, path, path, Columns(), None)
+
+
+def test_sentences_of_a_document_are_read_together(tmp_path, tokenizer):
+    """As many whole ones as fit; the tags of each sentence are found again."""
+    path = tmp_path / "CoNLL-2003" / "eng.train"
+    path.parent.mkdir()
+    sentences = [["war", "peace"], ["hope"], ["the", "people", "of"], ["America"], ["war", "war"]]
+    lines = ["-DOCSTART- -X- O O", ""]
+    for number, words in enumerate(sentences):
+        lines += ["-DOCSTART- -X- O O", ""] if number == 3 else []
+        lines += [f"{word} NN I-NP {('O', 'I-LOC')[number % 2]}" for word in words] + [""]
+    path.write_text("\n".join(lines))
+    spec = TASKS["conll2003"]
+    examples = DataSource(str(tmp_path)).read(spec, spec.train, True)
+    assert [example.document for example in examples] == [1, 1, 1, 2, 2]
+    kind, num_outputs = find_kind("tagging", spec.labels)
+
+    def counts(features):
+        return [sum(label != IGNORED for label in feature.labels) for feature in features]
+
+    assert counts(kind.features(examples, tokenizer, Limits(128))) == [6, 3]
+    size = [sum(map(len, tokenizer.encode_batch(words))) for words in sentences]
+    # The third sentence does not fit beside the first two, by one token.
+    features = kind.features(examples, tokenizer, Limits(2 + sum(size[:3]) - 1))
+    assert counts(features) == [3, 3, 3]
+    assert [feature.example for feature in features] == [0, 2, 3]
+    outputs = [np.eye(num_outputs)[np.maximum(feature.labels, 0)] for feature in features]
+    found = kind.predictions(outputs, features, examples)
+    assert found == [list(example.tag_names) for example in examples]
+    alone = [replace(example, document=None) for example in examples]
+    assert counts(kind.features(alone, tokenizer, Limits(128))) == [2, 1, 3, 1, 2]

@@ -55,10 +55,11 @@ def test_all_tasks_are_trained(exported, files, tmp_path):
     assert {f.task for f in report.figures} == set(SUPERGLUE + READING)
     for f in report.figures:
         assert len(f.by_seed) == 2
-        assert 0 <= f.mean <= 1
+        assert (-1 if f.figure == "matthews_correlation" else 0) <= f.mean <= 1
     assert len(report.averages["superglue"]["pretrained"]) == 2
     assert "reading" not in report.averages, "figures of other kinds have no average"
     names = {"BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC", "SWAG"}
+    names |= {"AX-b", "AX-g"}
     expected = {f"{name}.jsonl" for name in names} | {"SQuAD-1.1.json", "SQuAD-2.0.json"}
     for seed in (0, 1):
         assert {p.name for p in (tmp_path / f"pretrained-seed-{seed}").iterdir()} == expected
@@ -69,7 +70,11 @@ def test_planted_predictor_is_perfect_everywhere(exported, files, tmp_path, monk
     plant(monkeypatch)
     report = run(exported, files, "superglue,reading", seeds=1, predictions=tmp_path)
     for f in report.figures:
-        assert f.by_seed == (1.0,), (f.task, f.figure)
+        if f.figure != "gender_parity":  # the labels of pairs differ
+            assert f.by_seed == (1.0,), (f.task, f.figure)
+    shown = [(f.part, f.figure) for f in report.figures if f.task == "superglue-rte"]
+    diagnostics = [("AX-b", "matthews_correlation"), ("AX-g", "accuracy")]
+    assert shown == [("", "accuracy"), *diagnostics, ("AX-g", "gender_parity")]
     assert report.averages["superglue"]["pretrained"] == (1.0,)
     written = tmp_path / "pretrained-seed-0"
     first = {p.name: json.loads(p.read_text().splitlines()[0]) for p in written.glob("*.jsonl")}
@@ -196,3 +201,59 @@ def test_json_documents_that_are_none(exported, tmp_path):
 def test_suites_hold_what_the_papers_ran():
     assert [spec.name for spec in SUITES["superglue"]] == SUPERGLUE
     assert [spec.name for spec in SUITES["reading"]] == READING
+
+
+def test_diagnostics_are_read_where_they_have_labels(exported, tmp_path, monkeypatch):
+    """They are no part of the average, and a folder without them is whole."""
+    folder = write_superglue(tmp_path, train=3, dev=40)
+    path = folder / "AX-g" / "AX-g.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    spec, source = TASKS["superglue-rte"], DataSource(str(folder))
+    assert source.has_labels(spec, spec.diagnostics["AX-b"].split)
+    for hidden in ({"label": None}, {"label": -1}):
+        write_lines(path, [{**row, **hidden} for row in rows])
+        assert not source.has_labels(spec, spec.diagnostics["AX-g"].split)
+    plant(monkeypatch)
+    names = {f.part for f in run(exported, folder, "superglue-rte", seeds=1).figures}
+    assert names == {"", "AX-b"}
+    (folder / "AX-b" / "AX-b.jsonl").unlink()
+    assert {f.part for f in run(exported, folder, "superglue-rte", seeds=1).figures} == {""}
+
+
+def test_pairs_of_winogender_on_paper(tmp_path):
+    """Of three pairs one gets two predictions; pairs are told by their column or are neighbours."""
+    spec, source = TASKS["superglue-rte"], DataSource(str(tmp_path))
+    split = spec.diagnostics["AX-g"].split
+    row = {"premise": "He left.", "hypothesis": "The boy left.", "label": "entailment"}
+    (tmp_path / "RTE").mkdir()
+    for pairs, expected in ((None, 2 / 3), ([0, 1, 0, 1, 2, 2], 0.0)):
+        rows = [{**row, "idx": i} | ({"pair_id": pairs[i]} if pairs else {}) for i in range(6)]
+        write_lines(tmp_path / "AX-g" / "AX-g.jsonl", rows)
+        examples = source.read(spec, [split], True)
+        figure = figures.FIGURES["gender_parity"]
+        assert figure.value(figure.rows(examples, [0, 0, 1, 1, 0, 1])) == pytest.approx(expected)
+
+
+def test_levels_of_race_are_shown_apart(exported, files, monkeypatch):
+    plant(monkeypatch, np.random.default_rng(1))
+    report = run(exported, files, "race", seeds=1)
+    means = {f.part: f.mean for f in report.figures}
+    assert list(means) == ["", "middle", "high"]
+    assert report.counts["race"] == {"train": 6, "": 6, "middle": 3, "high": 3}
+    assert means[""] == pytest.approx((means["middle"] + means["high"]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("RACE/test/high/1.txt", {}),
+        ("RACE/test_high.jsonl", {}),
+        ("RACE/test.jsonl", {"example_id": "high12.txt"}),
+    ],
+)
+def test_where_the_level_of_race_is_told(tmp_path, name, values):
+    article = {"article": "a", "questions": ["b"], "options": [["c", "d"]], "answers": ["A"]}
+    write_lines(tmp_path / name, [{**article, **values}])
+    spec = TASKS["race"]
+    (example,) = DataSource(str(tmp_path)).read(spec, [spec.scored[""]], True)
+    assert example.group == "high"
