@@ -34,6 +34,9 @@ def export_command(
     average: Annotated[
         int, typer.Option(min=1, help="Mean of the weights of so many newest checkpoints.")
     ] = 1,
+    max_shard_size: Annotated[
+        str, typer.Option(help='Largest file of weights: "500MB", "2GB", ...')
+    ] = "5GB",
     license: Annotated[
         str,
         typer.Option(help='For the model cards, as the hub names it: "mit", "apache-2.0", ...'),
@@ -57,6 +60,7 @@ def export_command(
         dtype=dtype,
         licence=license,
         average=average,
+        max_shard_size=max_shard_size,
         force=force,
     )
     if as_json:

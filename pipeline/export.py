@@ -2,16 +2,12 @@
 
 1. commit        the newest valid one of a run, or the one that is named; every byte hashed
 2. tokenizer     the dataset's, and the one that the commit was trained with
-3. write         OUTPUT.partial/{discriminator,generator}, on disk
+3. write         OUTPUT.partial/{discriminator,generator}, on disk (`export_repositories`)
 4. verify        transformers reloads both in a clean process (`export_verify`)
 5. publish       rename to OUTPUT
-
-OUTPUT/discriminator/   config.json model.safetensors tokenizer files README.md
-OUTPUT/generator/       pretraining_config.json, the same files in both
 """
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -21,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from data_prep.errors import CorruptError, UserError
 from data_prep.shards import Dataset
@@ -30,30 +25,13 @@ from pipeline.commit import Commit, list_commits, read_manifest, verify_commit
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config
 from pipeline.export_facts import export_facts
+from pipeline.export_repositories import ARCHITECTURES, write_repositories
 from pipeline.export_verify import Verification, verify_export
-from pipeline.hf_layout import (
-    WEIGHTS_FILE,
-    ExportDtype,
-    Tensors,
-    pair_from_tensors,
-    repository_config,
-    repository_tensors,
-)
-from pipeline.model_card import CURVES, ExportFacts, model_card
-from pipeline.report.drawing import write_png
-from pipeline.report.page import overview
+from pipeline.export_weights import DEFAULT_SHARD_SIZE, check_shard_size
+from pipeline.hf_layout import ExportDtype, pair_from_tensors, repository_tensors
 from pipeline.run_folder import fsync_file, fsync_folder
 from pipeline.sequences import SequenceStream
 from pipeline.weights import load_average_pair
-
-PRETRAINING_CONFIG = "pretraining_config.json"
-ARCHITECTURES = {"discriminator": "DebertaV2Model", "generator": "DebertaV2ForMaskedLM"}
-TOKENIZER_FILES = (
-    "spm.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +140,7 @@ def export_run(
     dtype: ExportDtype = "fp32",
     licence: str = "",
     average: int = 1,
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
     force: bool = False,
 ) -> ExportReport:
     """Export a commit as two repositories, proven before they appear.
@@ -173,16 +152,18 @@ def export_run(
         dtype: How weights are stored.
         licence: For the cards, an identifier of the hub such as "mit"; empty leaves it open.
         average: Export the mean of the weights of so many of the run's newest commits.
+        max_shard_size: Largest file of weights, such as "5GB".
         force: Replace an earlier export.
 
     Returns:
         What was exported.
 
     Raises:
-        UserError: The output exists, the dataset is not the run's, or the proof failed; no folder
-            is left behind.
+        UserError: An option or the output cannot be used, the dataset is not the run's, or the
+            proof failed; no folder is left behind.
         CorruptError: The commit or the dataset is damaged.
     """
+    check_shard_size(max_shard_size)
     _refuse_to_overwrite(output, force)
     averaged = find_newest_commits(run_or_commit, average) if average > 1 else []
     commit = averaged[0] if averaged else find_commit(run_or_commit)
@@ -196,7 +177,7 @@ def export_run(
     with _published(output) as partial:
         steps = tuple(each.step for each in averaged)
         facts = export_facts(commit, config, dtype, licence, steps)
-        _write_repositories(partial, commit, facts, data.tokenizer_folder, tensors)
+        write_repositories(partial, commit, facts, data.tokenizer_folder, tensors, max_shard_size)
         verification = verify_export(
             partial,
             reference,
@@ -281,55 +262,3 @@ def _published(output: Path) -> Iterator[Path]:
         raise UserError(f"{partial} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_repositories(
-    partial: Path,
-    commit: Commit,
-    facts: ExportFacts,
-    tokenizer_folder: Path,
-    tensors: dict[str, Tensors],
-) -> None:
-    """Write every file of both repositories."""
-    config, dtype = facts.config, facts.dtype
-    resolved = commit.read_json("config.resolved.json")
-    export = {
-        "step": facts.step,
-        "averaged_steps": list(facts.averaged_steps),
-        "dtype": dtype,
-        "dataset_fingerprint": facts.dataset_fingerprint,
-        "tokenizer_fingerprint": facts.tokenizer_fingerprint,
-    }
-    for name, network in config.networks.items():
-        repository, architecture = partial / name, ARCHITECTURES[name]
-        repository.mkdir()
-        values = repository_config(network, config.model.vocab_size, architecture, dtype)
-        _write_json(repository / "config.json", values)
-        save_file(tensors[name], repository / WEIGHTS_FILE, metadata={"format": "pt"})
-        # safetensors lets only the owner read what it writes; the other files follow the umask.
-        shutil.copymode(repository / "config.json", repository / WEIGHTS_FILE)
-        _write_json(repository / PRETRAINING_CONFIG, {**resolved, "export": export})
-        _copy_tokenizer(tokenizer_folder, repository, network.max_position_embeddings)
-        parameters = sum(tensor.numel() for tensor in tensors[name].values())
-        if facts.history is not None:
-            write_png(overview(facts.history), repository / CURVES)
-        card = model_card(name, facts, parameters)
-        (repository / "README.md").write_text(card, encoding="utf-8")
-
-
-def _copy_tokenizer(source: Path, repository: Path, max_length: int) -> None:
-    """Copy the tokenizer, with the model's own longest sequence."""
-    for name in TOKENIZER_FILES:
-        if not (source / name).is_file():
-            raise UserError(
-                f"{source / name} is missing, without which transformers cannot tokenize: build "
-                "the dataset again with `deberta-prep build`, and name it with --dataset"
-            )
-        shutil.copyfile(source / name, repository / name)
-    path = repository / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    _write_json(path, {**values, "model_max_length": max_length})
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

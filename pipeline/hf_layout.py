@@ -12,12 +12,9 @@ of a masked language model, `cls.predictions`, which alone can be narrow.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from data_prep.errors import CorruptError, UserError
@@ -210,28 +207,6 @@ def _split(theirs: Tensors, base: Tensors, config: RunConfig) -> None:
             theirs[delta] = theirs.pop(table) - base[table]
         elif sharing == "es":
             del theirs[table]
-
-
-def read_tensors(repository: Path) -> Tensors:
-    """Read the weights of an exported repository.
-
-    Args:
-        repository: Folder with model.safetensors.
-
-    Returns:
-        key -> tensor, as stored.
-
-    Raises:
-        UserError: There is no such file.
-        CorruptError: The file is no whole safetensors file.
-    """
-    path = repository / WEIGHTS_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; name a folder written by `deberta export`")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CorruptError(f"{path}: not a whole safetensors file ({error})") from error
 
 
 def _weights(network: nn.Module) -> Tensors:

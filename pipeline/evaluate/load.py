@@ -18,8 +18,10 @@ from data_prep.errors import UserError
 from pipeline.config import RunConfig
 from pipeline.config_files import read_json
 from pipeline.config_loading import load_run_config
-from pipeline.export import PRETRAINING_CONFIG, export_run, find_commit
-from pipeline.hf_layout import pair_from_tensors, read_tensors
+from pipeline.export import export_run, find_commit
+from pipeline.export_repositories import PRETRAINING_CONFIG
+from pipeline.export_weights import read_tensors
+from pipeline.hf_layout import pair_from_tensors
 from pipeline.modeling.pair import NetworkPair
 from pipeline.weights import load_commit_pair
 

@@ -24,7 +24,7 @@ from pipeline.commit import list_commits
 from pipeline.config import NetworkSection, RunConfig
 from pipeline.config_loading import load_run_config
 from pipeline.evaluate.load import load_pretrained
-from pipeline.export import PRETRAINING_CONFIG
+from pipeline.export_repositories import PRETRAINING_CONFIG
 from pipeline.findings import raise_findings
 from pipeline.hf_layout import (
     DELTA,

@@ -14,10 +14,11 @@ from transformers.utils import logging as transformers_logging
 
 from data_prep.errors import CorruptError, UserError
 from data_prep.tokenizer import Tokenizer
-from pipeline import export, export_reload
+from pipeline import export, export_reload, export_repositories
 from pipeline.commands_export import export_command
 from pipeline.export import export_run, find_commit
-from pipeline.hf_layout import pair_from_tensors, read_tensors
+from pipeline.export_weights import read_tensors
+from pipeline.hf_layout import pair_from_tensors
 from tests.commits import flip_a_byte, padded_ids, run_config, write_commit
 
 transformers_logging.disable_progress_bar()
@@ -207,14 +208,16 @@ def change_a_weight(monkeypatch):
 
 
 def change_the_head(monkeypatch):
-    original = export.repository_config
+    original = export_repositories.repository_config
     monkeypatch.setattr(
-        export, "repository_config", lambda *given: {**original(*given), "legacy": True}
+        export_repositories,
+        "repository_config",
+        lambda *given: {**original(*given), "legacy": True},
     )
 
 
 def change_the_tokenizer_class(monkeypatch):
-    original = export._copy_tokenizer
+    original = export_repositories.copy_tokenizer
 
     def changed(source, repository, max_length):
         original(source, repository, max_length)
@@ -222,7 +225,7 @@ def change_the_tokenizer_class(monkeypatch):
         values = json.loads(path.read_text())
         path.write_text(json.dumps({**values, "tokenizer_class": "DebertaV2Tokenizer"}))
 
-    monkeypatch.setattr(export, "_copy_tokenizer", changed)
+    monkeypatch.setattr(export_repositories, "copy_tokenizer", changed)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +342,7 @@ def test_tokenizer_without_its_hugging_face_form(dataset_folder, tmp_path):
     shutil.copy(dataset_folder / "tokenizer" / "spm.model", source)
     (tmp_path / "repository").mkdir()
     with pytest.raises(UserError, match=r"tokenizer.json is missing, .* build the dataset again"):
-        export._copy_tokenizer(source, tmp_path / "repository", 512)
+        export_repositories.copy_tokenizer(source, tmp_path / "repository", 512)
 
 
 def test_weights_that_no_export_can_hold(random_run):

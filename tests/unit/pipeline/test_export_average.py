@@ -8,7 +8,8 @@ import torch
 from data_prep.errors import UserError
 from pipeline.commit import Commit
 from pipeline.export import export_run
-from pipeline.hf_layout import pair_from_tensors, read_tensors
+from pipeline.export_weights import read_tensors
+from pipeline.hf_layout import pair_from_tensors
 from pipeline.weights import load_commit_pair
 from tests.commits import flip_a_byte, run_config, write_commit
 

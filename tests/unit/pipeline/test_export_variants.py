@@ -13,7 +13,8 @@ from transformers import AutoModelForMaskedLM
 from pipeline.evaluate.heldout_model import evaluate_heldout_model
 from pipeline.evaluate.load import encoder_repository, load_pretrained
 from pipeline.export import export_run
-from pipeline.hf_layout import WORD_TABLE, read_tensors
+from pipeline.export_weights import read_tensors
+from pipeline.hf_layout import WORD_TABLE
 from tests.commits import NETWORK, run_config, write_commit
 
 BERT = {"relative_attention": False, "position_biased_input": True}
