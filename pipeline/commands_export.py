@@ -46,8 +46,9 @@ def export_command(
 ) -> None:
     """Export the networks for transformers, and prove that they are the trained ones.
 
-    The repositories are reloaded in a clean process; hidden states must agree with the trainer's
-    to 1e-5 in fp32 and 1e-9 in fp64, token ids exactly. Otherwise nothing is written.
+    The repositories are reloaded in a clean process; hidden states and the discriminator's scores
+    must agree with the trainer's to 1e-5 in fp32 and 1e-9 in fp64, token ids exactly. Otherwise
+    nothing is written.
 
     Example: deberta export runs/base exports/base
     """
@@ -74,13 +75,16 @@ def _print(report: "ExportReport") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from pipeline.export_verify import KINDS
+
     console, proof = Console(), report.verification
     console.print(f"{report.output}: step {report.step:,} of {report.commit}", soft_wrap=True)
-    table = Table("network", "parameters", "compared in", "largest difference", "allowed")
+    table = Table("network", "parameters", "compared", "in", "largest difference", "allowed")
     for parity in proof.parities:
         table.add_row(
             parity.network,
             f"{report.parameters[parity.network]:,}",
+            KINDS[parity.kind],
             parity.dtype,
             f"{parity.max_difference:.2e}",
             f"{parity.tolerance:.2e}",
@@ -88,7 +92,7 @@ def _print(report: "ExportReport") -> None:
     console.print(table)
     ties = f" but for {proof.ties} ties of score" if proof.ties else ""
     typer.echo(
-        f"hidden states of {proof.tokens:,} tokens and ids of {proof.texts} texts compared in a "
+        f"outputs of {proof.tokens:,} tokens and ids of {proof.texts} texts compared in a "
         f"clean process with transformers {proof.versions['transformers']}: ids equal{ties}\n\n"
         "  from transformers import AutoModel, AutoTokenizer\n"
         f'  tokenizer = AutoTokenizer.from_pretrained("{report.encoder}")\n'

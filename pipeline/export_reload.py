@@ -6,14 +6,16 @@ It imports nothing of this project, so that what loads here loads for anybody. `
 writes the request and judges the answer:
 
     request.json       texts to tokenize, and for each repository its folder and its Auto class
-    NAME.safetensors   batches: ids_N int64 [B, L], mask_N bool [B, L], and the trainer's states
-                       float32_N and float64_N [B, L, D]
+    NAME.safetensors   batches: ids_N int64 [B, L], mask_N bool [B, L], the trainer's states
+                       states_float32_N and states_float64_N [B, L, D], and of a discriminator its
+                       scores_float32_N and scores_float64_N [B, L]
     answer.json        written here: keys that did not match, distances, token ids
 """
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,18 @@ import transformers
 from safetensors.torch import load_file
 
 
-def largest_difference(model: Any, tensors: dict[str, torch.Tensor], dtype: str) -> float:
-    """Compare hidden states on the tokens that are not padding.
+def largest_difference(
+    compute: Callable[..., torch.Tensor], tensors: dict[str, torch.Tensor], prefix: str
+) -> float:
+    """Compare what a reloaded model computes on the tokens that are not padding.
 
     Args:
-        model: A reloaded model in that dtype.
-        tensors: Batches and expected states.
-        dtype: "float32" or "float64".
+        compute: Gives states or scores for ids and a mask.
+        tensors: Batches and what is expected.
+        prefix: Which tensors are expected, such as "states_float32".
 
     Returns:
-        Largest absolute difference over all batches; NaN where a state is none.
+        Largest absolute difference over all batches; NaN where a number is none.
     """
     differences = []
     for key in sorted(tensors):
@@ -41,17 +45,43 @@ def largest_difference(model: Any, tensors: dict[str, torch.Tensor], dtype: str)
             number = key.removeprefix("ids_")
             mask_BL = tensors[f"mask_{number}"]
             with torch.no_grad():
-                output = model.base_model(tensors[key], attention_mask=mask_BL.long())
-            distance_BLD = output.last_hidden_state - tensors[f"{dtype}_{number}"]
-            differences.append(distance_BLD[mask_BL].abs().max())
+                found = compute(tensors[key], attention_mask=mask_BL.long())
+            distances = (found - tensors[f"{prefix}_{number}"])[mask_BL]
+            differences.append(distances.abs().max())
     return torch.stack(differences).max().item()
+
+
+def differences(
+    model: Any, expected: dict[str, torch.Tensor], kind: str, part: Callable, field: str
+) -> dict[str, float]:
+    """Compare in both precisions.
+
+    Args:
+        model: Reloaded, in fp32; it is in fp64 afterwards.
+        expected: Batches and what is expected.
+        kind: "states" or "scores".
+        part: Takes the module that is called from the model.
+        field: Of its output.
+
+    Returns:
+        "KIND_DTYPE" -> largest difference.
+    """
+    answer = {}
+    for dtype in ("float32", "float64"):
+        module = part(model.eval().to(getattr(torch, dtype)))
+
+        def compute(*given: Any, module: Any = module, **named: Any) -> torch.Tensor:
+            return getattr(module(*given, **named), field)
+
+        answer[f"{kind}_{dtype}"] = largest_difference(compute, expected, f"{kind}_{dtype}")
+    return answer
 
 
 def examine(repository: dict[str, str], texts: list[str], tensors: Path) -> dict[str, Any]:
     """Load one repository and describe what became of it.
 
     Args:
-        repository: "folder" and "auto_class".
+        repository: "folder" and "auto_class"; "rtd_class" where its head is to be used too.
         texts: Texts to tokenize.
         tensors: File of batches and expected states.
 
@@ -63,14 +93,17 @@ def examine(repository: dict[str, str], texts: list[str], tensors: Path) -> dict
     model, loading = auto_class.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
-    model.eval()
     expected = load_file(tensors)
+    answer = differences(model, expected, "states", lambda m: m.base_model, "last_hidden_state")
+    if "rtd_class" in repository:
+        rtd_class = getattr(transformers, repository["rtd_class"])
+        model = rtd_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+        answer |= differences(model, expected, "scores", lambda m: m, "logits")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return {
+        **answer,
         "missing_keys": sorted(loading["missing_keys"]),
         "unexpected_keys": sorted(loading["unexpected_keys"]),
-        "float32": largest_difference(model, expected, "float32"),
-        "float64": largest_difference(model.double(), expected, "float64"),
         "token_ids": [tokenizer(text)["input_ids"] for text in texts],
     }
 

@@ -18,6 +18,9 @@ from pipeline.report.drawing import write_png
 from pipeline.report.page import overview
 
 PRETRAINING_CONFIG = "pretraining_config.json"
+RTD_MODULE = "modeling_rtd.py"
+"""The class that uses the discriminator's head, for people who have transformers alone."""
+_RTD_CLASSES = {"AutoModelForPreTraining": "modeling_rtd.DebertaV2ForReplacedTokenDetection"}
 ARCHITECTURES = {"discriminator": "DebertaV2Model", "generator": "DebertaV2ForMaskedLM"}
 TOKENIZER_FILES = (
     "spm.model",
@@ -61,6 +64,11 @@ def write_repositories(
         repository, architecture = folder / name, ARCHITECTURES[name]
         repository.mkdir()
         values = repository_config(network, config.model.vocab_size, architecture, dtype)
+        if name == "discriminator":
+            # Under no other Auto class, so that all the others work without code of ours.
+            values |= {"rtd_head": config.objective.rtd_head, "auto_map": _RTD_CLASSES}
+            # Read, not imported: it would import transformers.
+            shutil.copyfile(Path(__file__).with_name(RTD_MODULE), repository / RTD_MODULE)
         _write_json(repository / "config.json", values)
         write_weights(tensors[name], repository, max_shard_size)
         for weights in repository.glob("*.safetensors"):

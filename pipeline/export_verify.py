@@ -1,9 +1,11 @@
-"""Proof that exported repositories are the trained networks: same states, same token ids.
+"""Proof that exported repositories are the trained networks: same states, scores and token ids.
 
-    1. expected   hidden states of the trainer's networks on real tokens, padded ones among them,
-                  in fp32 and in fp64
-    2. reload     transformers loads the repositories in a process of its own (`export_reload`)
-    3. judge      no encoder key missing or unexpected, states within 1e-5 and 1e-9, equal ids
+    1. expected   hidden states of the trainer's networks and the discriminator's scores on real
+                  tokens, padded ones among them, in fp32 and in fp64
+    2. reload     transformers loads the repositories in a process of its own (`export_reload`), the
+                  head by the class that the repository brings along
+    3. judge      no encoder key missing or unexpected, states and scores within 1e-5 and 1e-9,
+                  equal ids
 
 In fp32 the networks are those of the commit. In fp64 they are rebuilt from the exported tensors:
 training adds E_G + Delta in fp32, and a sum in fp64 would be another table. The same holds for
@@ -14,6 +16,7 @@ Letters: B sequences, L sequence length, D hidden size.
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -36,9 +39,12 @@ from pipeline.modeling.pair import NetworkPair, shared_rows
 from pipeline.sequences import PAD_ID, SEP_ID, SequenceBatch, SequenceStream
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-9}
-"""Largest distance of hidden states, relative to the largest state where that is above 1: rounding
-grows with the numbers. States of the demo reach 5; both sides are 1e-5 from their fp64 values."""
+"""Largest distance of states or scores, relative to the largest of them where that is above 1:
+rounding grows with the numbers. States of the demo reach 5; both sides are 1e-5 from their fp64
+values."""
 AUTO_CLASSES = {"discriminator": "AutoModel", "generator": "AutoModelForMaskedLM"}
+_RTD_CLASS = "AutoModelForPreTraining"
+KINDS = {"states": "hidden states", "scores": "replacement scores"}
 # What transformers' classes have no place for: our heads and the decoder's positions.
 _EXPECTED_LEFTOVERS = re.compile(
     r"mask_predictions\.|lm_predictions\.|(deberta\.)?embeddings\.position_embeddings\."
@@ -65,6 +71,8 @@ class Parity:
     """How close a reloaded network is to the trainer's."""
 
     network: str
+    kind: str
+    """Of `KINDS`."""
     dtype: str
     max_difference: float
     tolerance: float
@@ -113,22 +121,24 @@ def probe_batches(stream: SequenceStream) -> list[SequenceBatch]:
 
 
 @torch.no_grad()
-def hidden_states(pair: NetworkPair, batch: SequenceBatch) -> dict[str, torch.Tensor]:
-    """Compute what an exported encoder must reproduce.
+def trained_outputs(pair: NetworkPair, batch: SequenceBatch) -> dict[tuple[str, str], torch.Tensor]:
+    """Compute what exported networks must reproduce.
 
     Args:
         pair: On the CPU.
         batch: On the host.
 
     Returns:
-        By network: [B, L, D].
+        By network and kind: states [B, L, D], and the discriminator's scores [B, L].
     """
     ids_BL, mask_BL = batch.input_ids_BL, batch.attention_mask()
-    states = {"generator": pair.generator.encode(ids_BL, mask_BL)}
+    outputs = {("generator", "states"): pair.generator.encode(ids_BL, mask_BL)}
     if pair.discriminator is not None:
         base_BLE = shared_rows(pair.generator, pair.discriminator, ids_BL)
-        states["discriminator"] = pair.discriminator.encode(ids_BL, base_BLE, mask_BL)
-    return states
+        states_BLD = pair.discriminator.encode(ids_BL, base_BLE, mask_BL)
+        outputs["discriminator", "states"] = states_BLD
+        outputs["discriminator", "scores"] = pair.discriminator.mask_predictions(states_BLD)
+    return outputs
 
 
 def verify_export(
@@ -161,18 +171,19 @@ def verify_export(
         request = Path(name)
         scales = _write_request(request, folder, pair, tensors, config, batches)
         answer = _reload(request)
-    parities = []
     for network in tensors:
         _check_keys(network, answer[network])
-        for dtype, tolerance in TOLERANCES.items():
-            allowed = tolerance * max(1.0, scales[network, dtype])
-            parities.append(Parity(network, dtype, answer[network][dtype], allowed))
+    parities = []
+    for (network, kind, dtype), largest in scales.items():
+        allowed = TOLERANCES[dtype] * max(1.0, largest)
+        found = answer[network][f"{kind}_{dtype}"]
+        parities.append(Parity(network, kind, dtype, found, allowed))
     for parity in parities:
         # Written so that NaN fails.
         if not parity.max_difference <= parity.tolerance:
             raise UserError(
-                f"the exported {parity.network} is not the trained one: hidden states of "
-                f"transformers differ by {parity.max_difference:.3g} in {parity.dtype} (allowed "
+                f"the exported {parity.network} is not the trained one: {KINDS[parity.kind]} "
+                f"of transformers differ by {parity.max_difference:.3g} in {parity.dtype} (allowed "
                 f"{parity.tolerance:.3g}); nothing was exported"
             )
     ties = max(_count_ties(network, answer[network], tokenizer) for network in tensors)
@@ -187,10 +198,10 @@ def _write_request(
     tensors: dict[str, Tensors],
     config: RunConfig,
     batches: Sequence[SequenceBatch],
-) -> dict[tuple[str, str], float]:
-    """Write the request; returns the largest state by network and dtype."""
+) -> dict[tuple[str, str, str], float]:
+    """Write the request; returns the largest number by network, kind and dtype."""
     expected: dict[str, Tensors] = {name: {} for name in tensors}
-    scales = dict.fromkeys(((name, dtype) for name in tensors for dtype in TOLERANCES), 0.0)
+    scales: dict[tuple[str, str, str], float] = {}
     for dtype in TOLERANCES:
         if dtype == "float64":
             pair = pair_from_tensors(config, tensors, torch.float64)
@@ -198,10 +209,10 @@ def _write_request(
             mask_BL = batch.attention_mask()
             if mask_BL is None:
                 mask_BL = torch.ones_like(batch.input_ids_BL, dtype=torch.bool)
-            for name, states_BLD in hidden_states(pair, batch).items():
-                largest = float(states_BLD[mask_BL].abs().max())
-                scales[name, dtype] = max(scales[name, dtype], largest)
-                expected[name][f"{dtype}_{number}"] = states_BLD
+            for (name, kind), output in trained_outputs(pair, batch).items():
+                largest = float(output[mask_BL].abs().max())
+                scales[name, kind, dtype] = max(scales.get((name, kind, dtype), 0.0), largest)
+                expected[name][f"{kind}_{dtype}_{number}"] = output
                 expected[name][f"ids_{number}"] = batch.input_ids_BL
                 expected[name][f"mask_{number}"] = mask_BL
     for name in tensors:
@@ -210,6 +221,8 @@ def _write_request(
         name: {"folder": str(folder.resolve() / name), "auto_class": AUTO_CLASSES[name]}
         for name in tensors
     }
+    if "discriminator" in repositories:
+        repositories["discriminator"]["rtd_class"] = _RTD_CLASS
     content = json.dumps({"texts": PROBE_TEXTS, "repositories": repositories})
     (request / "request.json").write_text(content, encoding="utf-8")
     return scales
@@ -219,7 +232,11 @@ def _reload(request: Path) -> dict[str, Any]:
     """Run the clean process and read its answer."""
     # -P: the program's folder holds our modules, whose names must not hide anybody's.
     command = [sys.executable, "-P", export_reload.__file__, str(request)]
-    done = subprocess.run(command, cwd=request, capture_output=True, text=True, check=False)
+    # transformers copies a repository's code before it runs it; here, not into the user's cache.
+    environment = {**os.environ, "HF_MODULES_CACHE": str(request / "modules")}
+    done = subprocess.run(
+        command, cwd=request, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise UserError(
             "transformers cannot reload the exported repositories; nothing was exported. Its "

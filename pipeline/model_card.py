@@ -36,7 +36,15 @@ model = AutoModel.from_pretrained("PATH/discriminator")
 
 The weights `mask_predictions.*` are the head that tells replaced tokens from original ones,
 `{head}`. No class of transformers holds it: `AutoModel` reports its tensors as unexpected and
-leaves them out, as it does with the released models.
+leaves them out, as it does with the released models. The class in `modeling_rtd.py` uses it; read
+the file before you trust it:
+
+```python
+from transformers import AutoModelForPreTraining
+model = AutoModelForPreTraining.from_pretrained("PATH/discriminator", trust_remote_code=True)
+for token, probability in model.score_text(tokenizer, "The chef ate the meal he had cooked."):
+    print(f"{{probability:.3f}} {{token}}")
+```
 """
 
 _GENERATOR = """\

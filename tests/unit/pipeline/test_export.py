@@ -45,7 +45,8 @@ def merged_table(random_run):
 def test_files(exported):
     assert {p.name for p in exported.folder.iterdir()} == {"discriminator", "generator"}
     for name in ("discriminator", "generator"):
-        assert {p.name for p in (exported.folder / name).iterdir()} == FILES
+        extra = {"modeling_rtd.py"} if name == "discriminator" else set()
+        assert {p.name for p in (exported.folder / name).iterdir()} == FILES | extra
         modes = {p.stat().st_mode for p in (exported.folder / name).iterdir()}
         assert len(modes) == 1, "everybody who may read one file may read them all"
     assert not list(exported.folder.parent.glob("*.partial"))
@@ -145,9 +146,9 @@ def test_tokenizer_gives_sentencepiece_ids(exported, dataset_folder):
 def test_report(exported, random_run):
     report = exported.report
     assert (report.commit, report.step) == (random_run.commit, random_run.step)
-    parities = {(p.network, p.dtype): p for p in report.verification.parities}
-    assert len(parities) == 4
-    for (_, dtype), parity in parities.items():
+    parities = {(p.network, p.kind, p.dtype): p for p in report.verification.parities}
+    assert len(parities) == 6
+    for (_, _, dtype), parity in parities.items():
         assert 0 < parity.max_difference <= {"float32": 1e-5, "float64": 1e-9}[dtype]
     assert report.verification.texts >= 8
     assert report.verification.tokens > 160
@@ -185,7 +186,7 @@ def test_reload_program_imports_nothing_of_ours():
     tree = ast.parse(Path(export_reload.__file__).read_text())
     names = {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    foreign = {"json", "os", "sys", "pathlib", "typing"}
+    foreign = {"collections", "json", "os", "sys", "pathlib", "typing"}
     assert {name.split(".")[0] for name in names} - foreign == {
         "torch",
         "transformers",
@@ -205,6 +206,22 @@ def change_a_weight(monkeypatch):
         return tensors
 
     monkeypatch.setattr(export, "repository_tensors", changed)
+
+
+def change_the_rtd_head(monkeypatch):
+    original = export.repository_tensors
+
+    def changed(*arguments):
+        tensors = original(*arguments)
+        bias = tensors["discriminator"]["mask_predictions.classifier.bias"]
+        tensors["discriminator"]["mask_predictions.classifier.bias"] = bias + 1e-3
+        return tensors
+
+    monkeypatch.setattr(export, "repository_tensors", changed)
+
+
+def forget_the_class(monkeypatch):
+    monkeypatch.setattr(export_repositories, "_RTD_CLASSES", {})
 
 
 def change_the_head(monkeypatch):
@@ -232,6 +249,8 @@ def change_the_tokenizer_class(monkeypatch):
     ("damage", "message"),
     [
         (change_a_weight, r"the exported generator is not the trained one: .* in float32"),
+        (change_the_rtd_head, r"discriminator is not the trained one: replacement scores .* 0.001"),
+        (forget_the_class, r"transformers cannot reload the exported repositories"),
         (change_the_head, r"does not find the generator's weights: missing \['cls\.predictions"),
         (change_the_tokenizer_class, r"tokenizer\.json gives other ids than spm\.model"),
     ],
