@@ -16,6 +16,7 @@ import orjson
 from data_prep.byte_streams import BOMB, DamagedInput, is_bomb, open_bytes
 from data_prep.columnar import DamagedTable, UnusableColumn, iter_rows
 from data_prep.delimited import BadRow, Row, iter_delimited_rows
+from data_prep.json_names import is_twice, may_be_twice
 from data_prep.json_values import iter_json_values
 from data_prep.read_report import ReadReport
 from data_prep.source_units import ReadOptions, UnitPart
@@ -103,7 +104,7 @@ def _text_of_object(
     elif field not in record:
         has = ", ".join(sorted(record)[:10])[:120]
         report.drop("missing field", path, place, f'no "{field}" (has: {has})')
-    elif source.count(f'"{field}"') > 1 and _is_ambiguous(source, field):
+    elif may_be_twice(data, field) and is_twice(source, field):
         report.drop("field given twice", path, place, f'"{field}"')
     elif not isinstance(record[field], str):
         found = type(record[field]).__name__
@@ -126,21 +127,9 @@ def _unquestioned_text(data: bytes, field: str) -> str | None:
     if not isinstance(record, dict):
         return None
     text = record.get(field)
-    if not isinstance(text, str) or data.count(f'"{field}"'.encode("utf-8", "surrogatepass")) > 1:
+    if not isinstance(text, str) or may_be_twice(data, field):
         return None
     return text
-
-
-def _is_ambiguous(source: str, field: str) -> bool:
-    """Tell whether the outermost object has the field twice; `json.loads` takes the last one."""
-    names: list[str] = []
-
-    def remember(pairs: list[tuple[str, object]]) -> None:
-        # Called for inner objects first.
-        names[:] = [name for name, _ in pairs]
-
-    json.loads(source, object_pairs_hook=remember)
-    return names.count(field) > 1
 
 
 def read_delimited(
