@@ -23,10 +23,14 @@ begin_job() {
     tell "start $((${SLURM_RESTART_COUNT:-0} + 1)) on ${SLURM_JOB_NODELIST:-$(hostname)}"
 }
 
-# By hand a variable's words are divided at spaces; `deberta submit` gives arrays, whose words may
-# hold anything.
+# By hand a variable's words are divided at spaces or, where it has line breaks, at those alone;
+# `deberta submit` gives arrays, whose words may hold anything.
 words() {
-    [[ "$(declare -p "$1" 2>/dev/null)" == "declare -a"* ]] || read -ra "$1" <<<"${!1-}"
+    if [[ "$(declare -p "$1" 2>/dev/null)" == "declare -a"* ]]; then return; fi
+    case ${!1-} in
+        *$'\n'*) mapfile -t "$1" < <(sed '/^$/d' <<<"${!1}") ;;
+        *) read -ra "$1" <<<"${!1-}" ;;
+    esac
 }
 
 # Asked again for a while: a controller that restarts must not decide what becomes of a job.
