@@ -3,6 +3,7 @@
     launcher_variables   RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_WORLD_SIZE
     expand_node_list     `gpu[01-03],big7` -> gpu01 gpu02 gpu03 big7
     rank_in_step         which rank this process will be, before anything else is known
+    speaks_for_its_host  whether it says what rank 0 may not live to say
 
 Only tasks of a step count. The shell of a batch script has SLURM_PROCID=0 too, and so has what it
 starts without srun. Nothing here calls scontrol, which containers and images do not have.
@@ -53,6 +54,22 @@ def rank_in_step(environment: Mapping[str, str]) -> int:
     if not rank and is_task_of_a_step(environment):
         rank = environment["SLURM_PROCID"]
     return int(rank) if rank.isdigit() else 0
+
+
+def speaks_for_its_host(environment: Mapping[str, str]) -> bool:
+    """Choose the few ranks that say what all of them may know, should rank 0 not do so.
+
+    Args:
+        environment: Variables of the process.
+
+    Returns:
+        True for the first rank of each host, whose files and devices may differ, and for rank 1,
+        which may be the only one beside rank 0.
+    """
+    local_rank = environment.get("LOCAL_RANK", "")
+    if not local_rank and is_task_of_a_step(environment):
+        local_rank = environment.get("SLURM_LOCALID", "")
+    return local_rank == "0" or rank_in_step(environment) == 1
 
 
 def launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:

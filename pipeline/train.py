@@ -34,7 +34,7 @@ from data_prep.errors import (
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config, require_data_path
 from pipeline.ds_config import DeepSpeedConfig, check_device, load_deepspeed_config
-from pipeline.slurm_ranks import rank_in_step
+from pipeline.refusals import refuse, refuse_before_meeting
 from pipeline.terminal import tell
 
 if TYPE_CHECKING:
@@ -173,17 +173,8 @@ def run(argv: Sequence[str]) -> int:
             return _dry_run(config, ds, options.world_size or 1)
         require_data_path(config)
     except UserError as error:
-        return _report(error)
+        return refuse_before_meeting(error)
     return _train(config, ds, options)
-
-
-def _report(error: UserError, *, everywhere: bool = False) -> int:
-    """Say what is wrong once, not once a rank, unless only one rank may know it."""
-    rank = rank_in_step(os.environ)  # 0 also where the launcher's words are nonsense
-    if rank == 0 or everywhere:
-        where = f"rank {rank}: " if rank else ""
-        tell(f"{where}error: {error}")
-    return error.exit_code
 
 
 def _dry_run(config: RunConfig, ds: DeepSpeedConfig, world_size: int) -> int:
@@ -202,6 +193,8 @@ def _train(config: RunConfig, ds: DeepSpeedConfig, options: argparse.Namespace) 
 
     stop = StopSignal()
     stop.install()  # before the imports that take long, so that start-up can be stopped cleanly
+    import torch.distributed as dist
+
     from pipeline.resume import Accepts
     from pipeline.run_folder import RunFolder
     from pipeline.runtime import RendezvousError
@@ -217,7 +210,9 @@ def _train(config: RunConfig, ds: DeepSpeedConfig, options: argparse.Namespace) 
             if error.exit_code in _STATUS and folder.path.is_dir():
                 _write_status(folder, _STATUS[error.exit_code], None, str(error).splitlines()[0])
             is_own = error.exit_code == EXIT_CORRUPT or isinstance(error, RendezvousError)
-            return _report(error, everywhere=is_own)
+            if not is_own and not dist.is_initialized():
+                return refuse_before_meeting(error, lambda: stop.received)
+            return refuse(error, everywhere=is_own)
 
 
 def _prepare_process() -> None:

@@ -136,7 +136,7 @@ leave_it_to_slurm() { # scancel, scontrol requeue, preemption past its grace, a 
 }
 
 decide() { # RC: by training's word; the job is this shell's to end
-    local node
+    local node task
     case $STATUS in
         'done')
             if [ "$(date +%s)" -ge "$JOB_ENDS" ]; then # SLURM would call it TIMEOUT, and not run what depends
@@ -167,11 +167,17 @@ decide() { # RC: by training's word; the job is this shell's to end
             if [ "$RESTART" = 0 ] && grep -m 1 '^srun: error: .*task' "$BOOKS/srun.err" |
                 grep -q 'Exited with exit code 2$'; then
                 show_log 0
+                # Who left first has said it where rank 0 could not.
+                if task=$(first_task) && [ "${task:-0}" != 0 ]; then show_log "$task"; fi
                 end_job 2 "training refuses its command line, configuration or data"
             fi
             note_crash "$1" "training ended before it had begun" ;;
         *) note_crash "$1" "training crashed" ;;
     esac
+}
+
+first_task() { # that srun says has failed
+    sed -n 's/^srun: error: [^:]*: tasks\{0,1\} \([0-9]*\).*/\1/p' "$BOOKS/srun.err" | head -n 1
 }
 
 show_log() { # TASK: what it said last
@@ -183,7 +189,7 @@ show_log() { # TASK: what it said last
 
 note_crash() { # RC WHAT
     local code=$1 task
-    task=$(sed -n 's/^srun: error: [^:]*: tasks\{0,1\} \([0-9]*\).*/\1/p' "$BOOKS/srun.err" | head -n 1)
+    task=$(first_task)
     if [ -n "$task" ]; then show_log "$task"; fi
     if [ "$code" = 0 ]; then code=1; fi # a job that is not done never ends with 0
     if [ -n "$FIRST_NODE" ]; then note_bad_node "$FIRST_NODE" "$2 (srun's code $1)"; fi

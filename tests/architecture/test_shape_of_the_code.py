@@ -22,7 +22,7 @@ LAYERS = {
     "mixture mixture_sources",
     3: "optimizer metrics metrics_writer runtime run_folder throughput prefetch progress faults "
     "watchdog hang_report rendezvous run_lock stragglers stop_signal skip_list spikes profiling "
-    "memory_snapshot compilation slurm_ranks flight_record host_memory resources "
+    "memory_snapshot compilation slurm_ranks refusals flight_record host_memory resources "
     "reference_curves energy",
     4: "engine rank_files engine_state engine_reads engine_reload engine_stepping replicas",
     5: "trainer checkpoint commit step objective_keys assemble banner export export_reload "

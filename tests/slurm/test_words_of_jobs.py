@@ -1,4 +1,4 @@
-"""What job scripts make of the variables that they are given; stand-ins for SLURM's programs."""
+"""What job scripts make of variables and of refusals; with stand-ins for SLURM's programs."""
 
 import os
 import shutil
@@ -17,13 +17,19 @@ esac
 SRUN = """#!/bin/bash
 printf '%s\\0' "$@" >"$SEEN/words"
 printf %s "${PYTHONPATH-}" >"$SEEN/path"
+if [ -n "${REFUSED_BY-}" ]; then
+    touch "$RUN"/slurm/rank-0000{0,1,2}.log
+    echo "rank $REFUSED_BY: error: no such device" >>"$RUN/slurm/rank-0000$REFUSED_BY.log"
+    echo "srun: error: node0: task $REFUSED_BY: Exited with exit code 2" >&2
+    exit 2
+fi
 printf '{\\n "status": "done",\\n "step": 3\\n}\\n' >"$RUN/state.json"
 """
 
 
 @pytest.fixture
-def job(tmp_path):
-    """Run pretrain.sbatch; returns the words behind the run folder's, and PYTHONPATH."""
+def run_job(tmp_path):
+    """Run pretrain.sbatch."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN), ("sinfo", "#!/bin/bash\n")):
@@ -48,9 +54,19 @@ def job(tmp_path):
             **variables,
         }
         script = ROOT / "slurm/pretrain.sbatch"
-        done = subprocess.run(
+        return subprocess.run(
             ["bash", str(script)], env=environment, capture_output=True, text=True, timeout=60
         )
+
+    return run
+
+
+@pytest.fixture
+def job(run_job, tmp_path):
+    """Run pretrain.sbatch; returns the words behind the run folder's, and PYTHONPATH."""
+
+    def run(**variables):
+        done = run_job(**variables)
         assert done.returncode == 0, done.stdout + done.stderr
         words = (tmp_path / "words").read_text().split("\0")[:-1]
         at = words.index("data.path=my set") + 1
@@ -95,3 +111,11 @@ def test_words_of_other_stages_may_hold_spaces(given, words):
     program += 'if ((${#SOURCES[@]})); then printf "%s\\0" "${SOURCES[@]}"; fi'
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split("\0")[:-1] == words
+
+
+@pytest.mark.parametrize("rank", ["0", "1", "2"])
+def test_why_training_refuses_is_in_the_job_s_log_whoever_says_it(run_job, rank):
+    done = run_job(REFUSED_BY=rank)
+    assert done.returncode == 2
+    assert done.stdout.count(f"rank {rank}: error: no such device") == 1
+    assert "end: training refuses its command line, configuration or data" in done.stdout

@@ -17,6 +17,7 @@ from pipeline.slurm_ranks import (
     is_task_of_a_step,
     launcher_variables,
     rank_in_step,
+    speaks_for_its_host,
 )
 
 STEP = {
@@ -117,6 +118,15 @@ def test_who_speaks_before_anything_is_known():
     assert rank_in_step({"RANK": "nonsense"}) == 0
     assert rank_in_step({"SLURM_PROCID": "2"}) == 0
     assert not is_task_of_a_step({"SLURM_PROCID": "2"})
+
+
+def test_who_speaks_if_the_first_rank_does_not():
+    assert [n for n in range(6) if speaks_for_its_host({**STEP, "SLURM_PROCID": str(n)})] == [1]
+    assert speaks_for_its_host({**STEP, "SLURM_LOCALID": "0"})
+    assert speaks_for_its_host({"RANK": "8", "LOCAL_RANK": "0"})
+    assert speaks_for_its_host({"RANK": "1", "LOCAL_RANK": "1"})
+    assert not speaks_for_its_host({"RANK": "9", "LOCAL_RANK": "1"})
+    assert not speaks_for_its_host({"RANK": "9", "SLURM_LOCALID": "0"})
 
 
 def test_addresses_that_are_given_are_kept():
