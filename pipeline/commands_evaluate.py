@@ -31,6 +31,10 @@ DatasetOption = Annotated[
 MaxSequencesOption = Annotated[
     int | None, typer.Option(min=1, help="Held-out sequences; as in training by default.")
 ]
+MinimalPairsOption = Annotated[
+    Path | None,
+    typer.Option(help="Score minimal pairs: a .jsonl file, or a folder of them, as BLiMP's."),
+]
 TaskOption = Annotated[
     str | None,
     typer.Option(help="Fine-tune on published tasks: names or suites, divided by commas."),
@@ -102,6 +106,7 @@ def evaluate_command(
     model: ModelArgument,
     dataset: DatasetOption = None,
     max_sequences: MaxSequencesOption = None,
+    minimal_pairs: MinimalPairsOption = None,
     task: TaskOption = None,
     data: DataOption = None,
     results: ResultsOption = None,
@@ -133,7 +138,7 @@ def evaluate_command(
     output: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure a model: held-out figures, published tasks, own files, or several of them.
+    """Measure a model: held-out figures, minimal pairs, published tasks, own files, or several.
 
     Published tasks (--task, --data) are fine-tuned by DeBERTa's recipes. Own files (--train,
     --test) train every seed from the pre-trained weights and from random ones, and add trivial
@@ -152,6 +157,8 @@ def evaluate_command(
     report = _Report()
     if dataset is not None:
         _measure_heldout(report, given)
+    if minimal_pairs is not None:
+        _score_pairs(report, given)
     if task is None and train is None:
         report.show(output, as_json)
         return
@@ -194,10 +201,11 @@ def _check(given: dict[str, Any]) -> None:
         raise UserError("--task and --data go together: name tasks, and where their data are")
     if given["task"] is not None and given["first_seed"]:
         raise UserError("--first-seed goes with --train; jobs share --task by --shard i/n")
-    if given["dataset"] is None and given["train"] is None and given["task"] is None:
+    if all(given[name] is None for name in ("dataset", "minimal_pairs", "train", "task")):
         raise UserError(
-            "nothing to measure: give --dataset DATASET for held-out figures, --task NAME and "
-            "--data FOLDER for published tasks, or --train FILE and --test FILE to fine-tune"
+            "nothing to measure: give --dataset DATASET for held-out figures, --minimal-pairs "
+            "FILE, --task NAME and --data FOLDER for published tasks, or --train FILE and --test "
+            "FILE to fine-tune"
         )
     output = given["output"]
     if output is not None and not output.resolve().parent.is_dir():
@@ -271,6 +279,17 @@ def _measure_heldout(report: _Report, given: dict[str, Any]) -> None:
     heldout = evaluate_heldout_model(given["model"], given["dataset"], **options)
     report.values["heldout"] = heldout.to_dict()
     report.tables.append(heldout_table(heldout))
+
+
+def _score_pairs(report: _Report, given: dict[str, Any]) -> None:
+    """Score minimal pairs."""
+    from pipeline.evaluate.pairs_model import evaluate_pairs_model, pairs_table
+
+    names = ("dataset", "batch_size", "device")
+    options = {name: given[name] for name in names}
+    found = evaluate_pairs_model(given["model"], given["minimal_pairs"], **options)
+    report.values["minimal_pairs"] = found.to_dict()
+    report.tables.append(pairs_table(found))
 
 
 def _fine_tune_tasks(report: _Report, given: dict[str, Any], strategy: "Strategy") -> None:

@@ -40,6 +40,8 @@ class PretrainedModel:
     micro_batch_size: int
     """Sequences in a forward pass of the training."""
     tokenizer_fingerprint: str
+    tokenizer_folder: Path | None = None
+    """Where an export keeps its tokenizer; that of a commit is its dataset's."""
 
 
 def load_pretrained(model: Path) -> PretrainedModel:
@@ -64,8 +66,9 @@ def load_pretrained(model: Path) -> PretrainedModel:
     missing = [name for name in config.networks if name not in present]
     if missing:
         raise UserError(
-            f"{root / missing[0]} is missing: held-out figures need the discriminator and the "
-            "generator of an export side by side; fine-tuning (--train, --test) needs one of them"
+            f"{root / missing[0]} is missing: held-out figures and minimal pairs need the "
+            "discriminator and the generator of an export side by side; fine-tuning (--train, "
+            "--test) needs one of them"
         )
     if "export" not in values:
         raise UserError(f"{document}: the block `export` is missing; export the run again")
@@ -77,6 +80,7 @@ def load_pretrained(model: Path) -> PretrainedModel:
         step=values["export"]["step"],
         micro_batch_size=values["batch"]["train_micro_batch_size_per_gpu"],
         tokenizer_fingerprint=values["export"]["tokenizer_fingerprint"],
+        tokenizer_folder=root / present[0],
     )
 
 

@@ -35,6 +35,8 @@ from pipeline.sequences import SequenceBatch
 
 NETWORKS = ("generator", "discriminator")
 FIELDS = ("sentence_good", "sentence_bad")
+GROUP_FIELDS = ("field", "linguistics_term", "UID")
+"""What pairs are about, from wide to narrow, as BLiMP's files say it."""
 _MIN_SPECIAL = 2  # [CLS] and [SEP]
 _SHUFFLE_SEED = 0
 
@@ -50,6 +52,8 @@ class MinimalPair:
     bad: tuple[int, ...]
     group: str
     """What they differ in; empty where the file does not say."""
+    labels: tuple[tuple[str, str], ...] = ()
+    """Columns of `GROUP_FIELDS` with their values, where the file has them."""
 
     @property
     def forward_tokens(self) -> int:
@@ -88,7 +92,7 @@ def read_minimal_pairs(path: Path, tokenizer: Tokenizer, max_tokens: int) -> Min
         (tokenizer.cls_id, *pieces, tokenizer.sep_id) for pieces in tokenizer.encode_batch(texts)
     ]
     every = [
-        MinimalPair(good, bad, str(record.get("UID", "")))
+        MinimalPair(good, bad, str(record.get("UID", "")), _labels(record))
         for record, good, bad in zip(records, ids[::2], ids[1::2], strict=True)
     ]
     kept = [
@@ -105,6 +109,11 @@ def read_minimal_pairs(path: Path, tokenizer: Tokenizer, max_tokens: int) -> Min
     # The first ones stand for all, as files are sorted by group.
     random.Random(_SHUFFLE_SEED).shuffle(kept)
     return MinimalPairs(tuple(kept), tokenizer.mask_id, len(every) - len(kept))
+
+
+def _labels(record: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """Take what a pair is about."""
+    return tuple((name, str(record[name])) for name in GROUP_FIELDS if record.get(name))
 
 
 def _records(path: Path) -> Iterator[dict[str, str]]:
@@ -191,13 +200,26 @@ def evaluate_minimal_pairs(
     figures: dict[str, float] = {}
     groups = sorted({pair.group for pair in pairs} - {""})
     for network, (bad_P, good_P) in scores.items():
-        right_P = (good_P > bad_P).double() + (good_P == bad_P).double() / 2
+        right_P = right_shares(bad_P, good_P)
         name = f"eval/minimal_pairs_{network}"
         figures[name] = float(right_P.mean())
         for group in groups:
             inside_P = torch.tensor([pair.group == group for pair in pairs])
             figures[f"{name}/{group}"] = float(right_P[inside_P].mean())
     return figures
+
+
+def right_shares(bad_P: torch.Tensor, good_P: torch.Tensor) -> torch.Tensor:
+    """Compare the scores of both sentences.
+
+    Args:
+        bad_P: Scores of the bad sentences.
+        good_P: Scores of the good ones.
+
+    Returns:
+        fp64 [pairs]: 1 where the good sentence scores higher, 1/2 where both score the same.
+    """
+    return (good_P > bad_P).double() + (good_P == bad_P).double() / 2
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def test_models_that_are_none(exported, random_run, dataset_folder, tmp_path):
     with pytest.raises(UserError, match="neither a run folder with a checkpoint nor"):
         load_pretrained(tmp_path)
     shutil.copytree(exported.folder / "discriminator", tmp_path / "discriminator")
-    with pytest.raises(UserError, match=r"generator is missing: held-out figures need .* side by"):
+    with pytest.raises(UserError, match=r"generator is missing: held-out figures and .* side by"):
         load_pretrained(tmp_path / "discriminator")
     shutil.copytree(exported.folder / "generator", tmp_path / "generator")
     path = tmp_path / "discriminator" / "pretraining_config.json"
