@@ -1,6 +1,7 @@
 # Each target makes the virtual environment if it is missing or older than what it is made from.
 #   make demo    raw text -> tokenizer -> shards -> training -> export -> scores, on a CPU
-#   make test    the test suite, by files over WORKERS=logical|N processes, at most 4
+#   make test    the test suite, by files over WORKERS=logical|N processes, at most 4; REQUIRE=1
+#                fails where a browser is missing that looks at pages, instead of leaving it out
 #   make lint    ruff and pyright
 #   make faults  the fault matrix: every row, and a table of what was seen
 #   make slurm   jobs on a live SLURM of several hosts on this machine; needs root;

@@ -10,6 +10,7 @@ from pipeline.energy import cost_of
 from pipeline.hf_layout import ExportDtype
 from pipeline.model_card import ExportFacts, heldout_row
 from pipeline.report.history import RunHistory, read_history
+from pipeline.report.page import overview_panels
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def export_facts(
 
 
 def _history_behind(commit: Commit) -> RunHistory | None:
-    """Read the run that a commit lies in; None where it lies elsewhere, or its rows are damaged."""
+    """Read the run that a commit lies in; None without rows that can be drawn."""
     folder = commit.path.parent.parent
     try:
         history = read_history(folder, folder.name)
@@ -72,7 +73,8 @@ def _history_behind(commit: Commit) -> RunHistory | None:
         logger.warning("%s; the cards come without curves", error)
         return None
     rows = tuple(row for row in history.rows if row["step"] <= commit.step)
-    return dataclasses.replace(history, rows=rows) if rows else None
+    history = dataclasses.replace(history, rows=rows)
+    return history if overview_panels(history) else None
 
 
 def _package_versions(environment: dict[str, str]) -> dict[str, str]:

@@ -23,7 +23,8 @@ _STYLES = ("-", "--", ":", "-.")
 _ORDINARY_EVENTS = ("resume", "requeue", "job")
 _ORDINARY_COLOUR = "#999999"
 _FAULT_COLOUR = "#c00000"
-_MAX_LEGEND = 8
+_MARKERS = ("o", "s", "^", "D")
+_MAX_LEGEND = 10
 _COLUMNS = 2
 
 
@@ -62,11 +63,11 @@ def draw_together(panels: Sequence[Panel], x_label: str) -> "Figure":
 
     rows = -(-len(panels) // _COLUMNS)
     figure = Figure(figsize=(7.2 * _COLUMNS, 3.8 * rows), layout="constrained")
-    places = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+    places = [*figure.subplots(rows, _COLUMNS, squeeze=False).flat]
     for axes, panel in zip(places, panels, strict=False):
         _draw_panel(axes, panel, (), x_label)
         axes.set_title(panel.title, fontsize="medium")
-    for axes in [*places][len(panels) :]:
+    for axes in places[len(panels) :]:
         axes.set_axis_off()
     return figure
 
@@ -78,10 +79,18 @@ def _draw_panel(
     one_run = len({line.run for line in panel.lines if line.run >= 0}) == 1
     for line in panel.lines:
         _draw_line(axes, line, one_run)
+    several = len({line.figure for line in panel.marks}) > 1
     for line in panel.marks:
-        colour = _COLOURS[(line.run + one_run) % len(_COLOURS)]
-        xs, ys = [p.x for p in line.points], [p.y for p in line.points]
-        axes.plot(xs, ys, "o", color=colour, markersize=4.5, label=line.label)
+        # As the lines are told apart; a single figure stands out against its line.
+        number = line.figure if one_run and several else line.run + one_run
+        axes.plot(
+            [p.x for p in line.points],
+            [p.y for p in line.points],
+            _MARKERS[line.figure % len(_MARKERS)],
+            color=_COLOURS[number % len(_COLOURS)],
+            markersize=4.5,
+            label=line.label,
+        )
     for where, event in events:
         colour = _ORDINARY_COLOUR if event.kind in _ORDINARY_EVENTS else _FAULT_COLOUR
         axes.axvline(where, color=colour, linewidth=0.8, linestyle=":")

@@ -1,7 +1,7 @@
 """Runs as one HTML page that needs nothing beside it, and a PNG of every plot.
 
 - `write_report`: OUTPUT/report.html and OUTPUT/PANEL.png.
-- `overview`: some plots of a run in one picture, for a model card.
+- `overview_panels`, `overview`: some plots of a run, and these in one picture, for a model card.
 - `RunFacts`: what the page's first table says of a run.
 
 Plots are in the page as SVG; the values that they show are in it as JSON (`<script id="data">`),
@@ -146,17 +146,28 @@ def write_report(
     return facts
 
 
-def overview(run: RunHistory) -> "Figure":
-    """Draw what a model card shows of a run.
+def overview_panels(run: RunHistory) -> list[Panel]:
+    """Choose what a model card shows of a run.
 
     Args:
         run: The run.
 
     Returns:
-        Its losses, accuracies and learning rates in one figure.
+        Its losses, accuracies and learning rates; none where it has written none.
     """
-    shown = [panel for panel in panels_of([run], (), "steps") if panel.name in _OVERVIEW]
-    return draw_together(shown, _X_LABELS["steps"])
+    return [panel for panel in panels_of([run], (), "steps") if panel.name in _OVERVIEW]
+
+
+def overview(run: RunHistory) -> "Figure":
+    """Draw what a model card shows of a run.
+
+    Args:
+        run: The run, with at least one of `overview_panels`.
+
+    Returns:
+        All of them in one figure.
+    """
+    return draw_together(overview_panels(run), _X_LABELS["steps"])
 
 
 def _placed_events(runs: Sequence[RunHistory], x: str) -> list[tuple[float, Event]]:

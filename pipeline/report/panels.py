@@ -1,7 +1,7 @@
 """Which figures of a run are drawn together, and the lines that come of them.
 
-- `panels_of`: the panels of some runs; every figure that a run has written is in one, or in the
-  table of held-out figures.
+- `panels_of`: the panels of some runs; every figure that a run has written is in one, and held-out
+  figures of which there is one for each source or group in their table.
 - `Panel`, `Line`, `Point`: what a plot shows, as plain values; a page carries them as JSON.
 
 A line has at most 1,000 points: of longer runs neighbouring rows become one point, their mean with
@@ -84,14 +84,34 @@ _KINDS = (
         ("train/rtd_loss",),
         ("eval/rtd_loss",),
     ),
-    _Kind("mlm-accuracy", "Generator: accuracy", "share", ("train/mlm_accuracy",)),
+    _Kind(
+        "mlm-accuracy",
+        "Generator: accuracy",
+        "share",
+        ("train/mlm_accuracy",),
+        ("eval/mlm_accuracy",),
+    ),
     _Kind(
         "rtd-accuracy",
         "Discriminator: accuracy on replaced and on original tokens",
         "share",
         ("train/rtd_accuracy_replaced", "train/rtd_accuracy_original"),
+        ("eval/rtd_accuracy_replaced", "eval/rtd_accuracy_original"),
     ),
-    _Kind("replaced", "Replaced tokens", "share of all tokens", ("train/replaced_fraction",)),
+    _Kind("rtd-auc", "Discriminator: area under the ROC curve", "share", ("eval/rtd_auc",)),
+    _Kind(
+        "minimal-pairs",
+        "Minimal pairs: the better sentence scores higher",
+        "share of the pairs",
+        ("eval/minimal_pairs_generator", "eval/minimal_pairs_discriminator"),
+    ),
+    _Kind(
+        "replaced",
+        "Replaced tokens",
+        "share of all tokens",
+        ("train/replaced_fraction",),
+        ("eval/replaced_fraction",),
+    ),
     _Kind("delta", "Norm of Delta: how far E_D is from E_G", "norm", ("train/delta_norm",)),
     _Kind("learning-rate", "Learning rates", "", ("optim/*_learning_rate",)),
     _Kind(
@@ -122,19 +142,19 @@ def panels_of(
         x: "steps" or "tokens".
 
     Returns:
-        The panels that have a line; figures of no known kind get panels of their own.
+        The panels that have something to show; figures of no known kind get panels of their own.
     """
     written = list(dict.fromkeys(name for run in runs for name in run.figures))
     left = [name for name in written if not name.startswith("eval/")]
     panels = []
     for kind in _KINDS:
-        figures = [name for name in left if any(_fits(name, each) for each in kind.figures)]
+        figures = [name for name in written if any(_fits(name, each) for each in kind.figures)]
         left = [name for name in left if name not in figures]
         panels.append(_panel(kind, figures, runs, references if x == "steps" else (), x))
     for name in left:
         kind = _Kind(name.replace("/", "-").replace("_", "-").lower(), name, "", (name,))
         panels.append(_panel(kind, [name], runs, (), x))
-    return [panel for panel in panels if panel.lines]
+    return [panel for panel in panels if panel.lines or panel.marks]
 
 
 def _fits(name: str, pattern: str) -> bool:
