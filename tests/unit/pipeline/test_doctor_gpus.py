@@ -93,6 +93,10 @@ def test_kinds_of_gpus(cuda, monkeypatch):
     assert lines() == ["n H100: ok, compute capability 9.0, bf16; kernels with the tiles of sm_90"]
     cuda(B200)  # by the text for the driver's compiler
     assert lines()[0].startswith("n B200: ok, compute capability 10.0, bf16; kernels")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: BUILT[:-1])
+    assert lines()[0].startswith(
+        "n B200: FAIL, compute capability 10.0, and this torch is built for"
+    )
     cuda(V100)
     assert lines() == [
         "n V100: warning, compute capability 7.0: no bf16, and none of our kernels; train with "
