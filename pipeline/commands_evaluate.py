@@ -45,13 +45,14 @@ DataOption = Annotated[
 ]
 ResultsOption = Annotated[
     Path | None,
-    typer.Option(help="Keep finished runs of --task here; repeated, the command goes on there."),
+    typer.Option(help="Keep finished models' figures here; repeated, the command goes on there."),
 ]
 PredictionsOption = Annotated[
     Path | None, typer.Option(help="Write the test predictions of --task here, for submission.")
 ]
 ShardOption = Annotated[
-    str, typer.Option(metavar="I/N", help="Train every N-th model of --task from the I-th, from 0.")
+    str,
+    typer.Option(metavar="I/N", help="Train every N-th model (of --train: seed) from the I-th."),
 ]
 TrainOption = Annotated[
     Path | None,
@@ -201,6 +202,8 @@ def _check(given: dict[str, Any]) -> None:
         raise UserError("--task and --data go together: name tasks, and where their data are")
     if given["task"] is not None and given["first_seed"]:
         raise UserError("--first-seed goes with --train; jobs share --task by --shard i/n")
+    if None not in (given["results"], given["task"], given["train"]):
+        raise UserError("--results holds one table: give it with --task or with --train, not both")
     if all(given[name] is None for name in ("dataset", "minimal_pairs", "train", "task")):
         raise UserError(
             "nothing to measure: give --dataset DATASET for held-out figures, --minimal-pairs "
@@ -261,6 +264,13 @@ def _starts(given: dict[str, Any], by_default: bool) -> tuple[str, ...]:
     return ("pretrained", "random") if asked else ("pretrained",)
 
 
+def _shard(given: dict[str, Any]) -> tuple[int, int]:
+    """Read which part of the models is trained here."""
+    if (match := re.fullmatch(r"(\d+)/(\d+)", given["shard"])) is None:
+        raise UserError(f"--shard {given['shard']}: give i/n with 0 <= i < n, for example 0/8")
+    return int(match[1]), int(match[2])
+
+
 def _sift(given: dict[str, Any]) -> "SiftOptions | None":
     """Read the options of SiFT."""
     from pipeline.evaluate.sift import SiftOptions  # costs seconds to import
@@ -300,8 +310,6 @@ def _fine_tune_tasks(report: _Report, given: dict[str, Any], strategy: "Strategy
     from pipeline.evaluate.suite import SuiteOptions, evaluate_tasks
     from pipeline.evaluate.suite_report import suite_table
 
-    if (match := re.fullmatch(r"(\d+)/(\d+)", given["shard"])) is None:
-        raise UserError(f"--shard {given['shard']}: give i/n with 0 <= i < n, for example 0/8")
     specs = find_tasks(given["task"])
     names = ("learning_rate", "epochs", "batch_size", "max_length")
     options = SuiteOptions(
@@ -314,7 +322,7 @@ def _fine_tune_tasks(report: _Report, given: dict[str, Any], strategy: "Strategy
         device=given["device"],
         results=given["results"],
         predictions=given["predictions"],
-        shard=(int(match[1]), int(match[2])),
+        shard=_shard(given),
     )
     source = DataSource(given["data"], is_for_one_task=len(specs) == 1)
     found = evaluate_tasks(
@@ -333,9 +341,10 @@ def _fine_tune_tasks(report: _Report, given: dict[str, Any], strategy: "Strategy
 
 def _fine_tune_files(report: _Report, given: dict[str, Any], strategy: "Strategy") -> None:
     """Fine-tune on own files."""
-    from pipeline.evaluate.finetune import FinetuneOptions, finetune
+    from pipeline.evaluate.finetune import FinetuneOptions, finetune_share
     from pipeline.evaluate.labelled import Columns
     from pipeline.evaluate.report import finetune_table
+    from pipeline.evaluate.task_runs import write_whole
 
     names = ("epochs", "batch_size", "max_length")
     numbers = {name: given[name] for name in names if given[name] is not None}
@@ -351,7 +360,7 @@ def _fine_tune_files(report: _Report, given: dict[str, Any], strategy: "Strategy
         **numbers,
     )
     columns = Columns(given["text_column"], given["label_column"], given["text_pair_column"])
-    finetuned = finetune(
+    finetuned = finetune_share(
         given["model"],
         given["train"],
         given["test"],
@@ -359,8 +368,16 @@ def _fine_tune_files(report: _Report, given: dict[str, Any], strategy: "Strategy
         columns=columns,
         kind=given["kind"],
         dataset=given["dataset"],
+        results=given["results"],
+        shard=_shard(given),
         strategy=strategy,
         say=_speaker(strategy),
     )
-    report.values["finetune"] = finetuned.to_dict()
-    report.tables.append(finetune_table(finetuned))
+    if finetuned is None:
+        return
+    intervals = finetuned.intervals()
+    report.values["finetune"] = {**finetuned.to_dict(), "intervals": intervals}
+    if given["results"] is not None and strategy.rank == 0:
+        text = json.dumps(report.values["finetune"], indent=2) + "\n"
+        write_whole(given["results"] / "results.json", text.encode("utf-8"))
+    report.tables.append(finetune_table(finetuned, intervals))

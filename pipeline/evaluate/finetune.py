@@ -10,13 +10,16 @@ Letters: B sequences, L sequence length, C labels.
 """
 
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
+from pipeline.evaluate.figures import interval
 from pipeline.evaluate.fitting import Head, fine_tuned
 from pipeline.evaluate.heads import loaded_from
 from pipeline.evaluate.heldout_model import choose_device
@@ -26,7 +29,17 @@ from pipeline.evaluate.plan import TrainingPlan
 from pipeline.evaluate.recipes import RATE_TIMES_SIZE
 from pipeline.evaluate.sift import SiftOptions
 from pipeline.evaluate.stepping import AloneStrategy, Strategy
-from pipeline.evaluate.tasks import Scores, Task, build_task, read_task
+from pipeline.evaluate.task_runs import (
+    RunName,
+    RunResult,
+    check_shard,
+    file_digest,
+    model_digest,
+    read_run,
+    results_folder,
+    write_run,
+)
+from pipeline.evaluate.tasks import Scores, Task, build_task, figures_of, read_task
 from pipeline.evaluate.training import outputs
 
 STARTS = ("pretrained", "random")
@@ -84,6 +97,8 @@ class FinetuneReport:
     options: FinetuneOptions
     runs: tuple[FinetuneRun, ...]
     baselines: dict[str, Scores]
+    rows: Sequence[Mapping[str, np.ndarray]] = field(default=(), repr=False, compare=False)
+    """Of each run: figure -> rows of the test examples, as in `figures`."""
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
         """Average over seeds.
@@ -103,16 +118,55 @@ class FinetuneReport:
             }
         return result
 
+    def intervals(self) -> dict[str, dict[str, list[float]]]:
+        """Draw the test examples again and again, which takes a second a figure.
+
+        Returns:
+            start -> figure -> ends of where the mean over seeds lies in 95 % of the draws.
+        """
+        figures = figures_of(self.kind, self.labels)
+        found: dict[str, dict[str, list[float]]] = {}
+        for start in self.options.starts:
+            chosen = [r for run, r in zip(self.runs, self.rows, strict=True) if run.start == start]
+            found[start] = {
+                name: list(interval([rows[name] for rows in chosen], figure))
+                for name, figure in figures.items()
+            }
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Convert for JSON.
 
         Returns:
-            Plain values, the summary included.
+            Plain values, the summary included, without the rows.
         """
-        return {**asdict(self), "summary": self.summary()}
+        values = asdict(replace(self, rows=()))
+        del values["rows"]
+        return {**values, "summary": self.summary()}
 
 
-def finetune(
+def finetune(model: Path, train: Path, test: Path, **named: Any) -> FinetuneReport:
+    """Do all runs of a task.
+
+    Args:
+        model: As for `finetune_share`.
+        train: Likewise.
+        test: Likewise.
+        named: Likewise, but no shard.
+
+    Returns:
+        Scores of all runs and of the baselines.
+
+    Raises:
+        UserError: A file or an option is unusable, or training diverged.
+        CorruptError: The model is damaged.
+    """
+    report = finetune_share(model, train, test, **named)
+    assert report is not None, "without shards nothing is left for others"
+    return report
+
+
+def finetune_share(
     model: Path,
     train: Path,
     test: Path,
@@ -121,9 +175,11 @@ def finetune(
     columns: Columns = DEFAULT_COLUMNS,
     kind: TaskKind | None = None,
     dataset: Path | None = None,
+    results: Path | None = None,
+    shard: tuple[int, int] = (0, 1),
     strategy: Strategy | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> FinetuneReport:
+) -> FinetuneReport | None:
     """Fine-tune a model on a labelled file, from its weights and from random ones.
 
     Args:
@@ -134,17 +190,21 @@ def finetune(
         columns: Columns of a classification file.
         kind: Kind of task; by the name of the training file where None.
         dataset: For a run or commit, where its dataset is now.
+        results: Folder of finished runs; without one nothing can be resumed.
+        shard: Which part of the seeds, counted from 0, of how many; the starts of a seed stay
+            together.
         strategy: Who takes part; this process alone, on `options.device`, where None.
         say: Gets a line after every trained model.
 
     Returns:
-        Scores of all runs and of the baselines.
+        Scores of all runs and of the baselines; None where runs of other shards are not finished.
 
     Raises:
         UserError: A file or an option is unusable, or training diverged.
         CorruptError: The model is damaged.
     """
     _check_options(options)
+    check_shard(shard, results)
     kind = task_kind(train, kind)
     strategy = strategy or AloneStrategy(choose_device(options.device))
     files = read_task(kind, train, test, columns, options.max_train)
@@ -161,13 +221,30 @@ def finetune(
         size = config.num_hidden_layers * config.hidden_size
         rate = options.learning_rate or RATE_TIMES_SIZE / size
         data = build_task(files, Tokenizer.load(repository), options.max_length)
-        runs = []
-        for seed in range(options.first_seed, options.first_seed + options.seeds):
-            for start in options.starts:
-                scores = _train_and_score(repository, start, data, options, rate, seed, strategy)
-                runs.append(FinetuneRun(start, seed, scores))
-                figures = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-                say(f"seed {seed}, {start}: {figures}")
+        settings = _settings(repository, (train, test), columns, rate, options)
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        names = [RunName(train.stem, start, seed) for seed in seeds for start in options.starts]
+        ours = [n for n in names if (n.seed - options.first_seed) % shard[1] == shard[0]]
+        with results_folder(results) as folder:
+
+            def finished() -> dict[RunName, RunResult]:
+                found = {name: read_run(folder, name, settings) for name in names}
+                return {name: result for name, result in found.items() if result is not None}
+
+            done = strategy.agree(finished)
+            for name in ours:
+                if name in done:
+                    continue
+                result = _train_and_score(repository, name, data, options, rate, strategy)
+                if strategy.rank == 0:
+                    write_run(folder, result, settings)
+                scores = result.scores[""].items()
+                figures = "  ".join(f"{figure} {value:.4f}" for figure, value in scores)
+                say(f"seed {name.seed}, {name.start}: {figures}")
+            found = list(strategy.agree(finished).values())
+    if len(found) < len(names):
+        say(f"{len(found)} of {len(names)} runs are finished; the others are of other shards")
+        return None
     return FinetuneReport(
         str(model),
         kind,
@@ -177,8 +254,9 @@ def finetune(
         data.num_truncated,
         rate,
         options,
-        tuple(runs),
+        tuple(FinetuneRun(r.name.start, r.name.seed, dict(r.scores[""])) for r in found),
         data.baselines,
+        [{key.removeprefix(":"): rows for key, rows in r.rows.items()} for r in found],
     )
 
 
@@ -194,21 +272,46 @@ def _check_options(options: FinetuneOptions) -> None:
         raise UserError(f"--learning-rate {options.learning_rate}: give a number in (0, 1)")
 
 
+def _settings(
+    repository: Path,
+    files: tuple[Path, Path],
+    columns: Columns,
+    learning_rate: float,
+    options: FinetuneOptions,
+) -> dict[str, Any]:
+    """Name what a run depends on beside its start and seed."""
+    names = ("epochs", "batch_size", "max_length", "max_train", "bf16")
+    return {
+        "model_sha256": model_digest(repository),
+        "train_sha256": file_digest(files[0]),
+        "test_sha256": file_digest(files[1]),
+        "columns": asdict(columns),
+        "learning_rate": learning_rate,
+        "sift": asdict(options.sift) if options.sift else None,
+        **{name: getattr(options, name) for name in names},
+    }
+
+
 def _train_and_score(
     repository: Path,
-    start: str,
+    name: RunName,
     task: Task,
     options: FinetuneOptions,
     learning_rate: float,
-    seed: int,
     strategy: Strategy,
-) -> Scores:
+) -> RunResult:
     """Train one model and score it on the test file."""
     kind, num_outputs = task.files.find_kind()
     plan = TrainingPlan(
         options.epochs, learning_rate, options.batch_size, bf16=options.bf16, sift=options.sift
     )
     head = Head(kind.head, num_outputs)
-    with fine_tuned(repository, start, head, kind, task.train, plan, seed, strategy) as model:
-        rows = outputs(model, kind, task.test, options.batch_size, strategy, bf16=options.bf16)
-    return task.score(kind.predictions(rows, task.test, task.files.test))
+    how = (kind, task.train, plan, name.seed, strategy)
+    with fine_tuned(repository, name.start, head, *how) as model:
+        found = outputs(model, kind, task.test, options.batch_size, strategy, bf16=options.bf16)
+    predictions = kind.predictions(found, task.test, task.files.test)
+    figures = figures_of(task.files.kind, task.files.labels)
+    rows = {f":{key}": f.rows(task.files.test, predictions) for key, f in figures.items()}
+    scores = {key: f.value(rows[f":{key}"]) for key, f in figures.items()}
+    counts = {"train": len(task.files.train), "": len(task.files.test)}
+    return RunResult(name, {"": scores}, rows, counts)

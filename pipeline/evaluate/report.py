@@ -1,5 +1,7 @@
 """Tables of evaluation results for a terminal; the JSON forms are the reports' own `to_dict`."""
 
+from collections.abc import Mapping, Sequence
+
 from rich.table import Table
 
 from pipeline.evaluate.finetune import FinetuneReport
@@ -27,27 +29,35 @@ def heldout_table(report: HeldoutReport) -> Table:
     return table
 
 
-def finetune_table(report: FinetuneReport) -> Table:
+def finetune_table(
+    report: FinetuneReport, intervals: Mapping[str, Mapping[str, Sequence[float]]]
+) -> Table:
     """Tabulate both starts and the baselines of a task.
 
     Args:
         report: All runs.
+        intervals: start -> figure -> ends of its interval.
 
     Returns:
-        One row a start or baseline: mean +- sample standard deviation over the seeds.
+        One row a start or baseline: mean +- sample standard deviation over the seeds, and interval.
     """
     table = Table(
         title=f"{report.kind}: {report.train_examples:,} training, {report.test_examples:,} test"
         + (f", {len(report.labels)} labels" if report.labels else ""),
         caption=f"{report.options.seeds} seeds, {report.options.epochs} epochs, learning rate "
-        f"{report.learning_rate:.2g}; {report.num_truncated:,} truncated",
+        f"{report.learning_rate:.2g}; {report.num_truncated:,} truncated; mean +- standard "
+        "deviation over seeds (interval: 95 % of draws of test examples)",
     )
     figures = list(report.runs[0].scores)
     table.add_column("model", no_wrap=True)
     for name in figures:
         table.add_column(name, justify="right")
     for start, values in report.summary().items():
-        cells = [f"{values[name]['mean']:.4f} +- {values[name]['std']:.4f}" for name in figures]
+        cells = [
+            f"{values[name]['mean']:.4f} +- {values[name]['std']:.4f} "
+            "({:.4f} .. {:.4f})".format(*intervals[start][name])
+            for name in figures
+        ]
         table.add_row(_NAMES[start], *cells)
     for baseline, scores in report.baselines.items():
         table.add_row(baseline, *(f"{scores[name]:.4f}" for name in figures))

@@ -9,11 +9,8 @@ With `--shard i/n` a process takes every n-th run; the process that finds all ru
 RESULTS/results.json.
 """
 
-import hashlib
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,13 +33,14 @@ from pipeline.evaluate.task_runs import (
     PreparedTask,
     RunName,
     RunResult,
+    check_shard,
+    model_digest,
     read_run,
+    results_folder,
     run_task,
     write_run,
     write_whole,
 )
-
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "spm.model")
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,10 @@ def evaluate_tasks(
     for spec in specs:
         for split in (*spec.train, *_scored(source, spec).values()):
             _check_columns(source, spec, split)
-    with encoder_repository(model, dataset) as repository, _results(options) as folder:
+    with (
+        encoder_repository(model, dataset) as repository,
+        results_folder(options.results) as folder,
+    ):
         recipes = {spec.name: _recipe(repository, spec, options) for spec in specs}
         shared = _settings(repository, source, options)
         settings = {name: {**asdict(recipe), **shared} for name, recipe in recipes.items()}
@@ -160,13 +161,7 @@ def _check_options(options: SuiteOptions) -> None:
     rate = options.overrides.learning_rate
     if rate is not None and not 0 < rate < 1:
         raise UserError(f"--learning-rate {rate}: give a number in (0, 1)")
-    part, parts = options.shard
-    if not 0 <= part < parts:
-        raise UserError(f"--shard {part}/{parts}: give i/n with 0 <= i < n")
-    if parts > 1 and options.results is None:
-        raise UserError(
-            "--shard needs --results FOLDER, which all shards share: there they find each other"
-        )
+    check_shard(options.shard, options.results)
 
 
 def _scored(source: DataSource, spec: TaskSpec) -> dict[str, Split]:
@@ -181,17 +176,6 @@ def _check_columns(source: DataSource, spec: TaskSpec, split: Split) -> None:
     for record in source.records(spec, split):
         spec.read(record, True)
         return
-
-
-@contextmanager
-def _results(options: SuiteOptions) -> Iterator[Path]:
-    """Provide the folder of finished runs."""
-    if options.results is not None:
-        options.results.mkdir(parents=True, exist_ok=True)
-        yield options.results
-        return
-    with tempfile.TemporaryDirectory(prefix="deberta-evaluate-") as folder:
-        yield Path(folder)
 
 
 def _recipe(repository: Path, spec: TaskSpec, options: SuiteOptions) -> Recipe:
@@ -215,13 +199,8 @@ def _recipe(repository: Path, spec: TaskSpec, options: SuiteOptions) -> Recipe:
 
 def _settings(repository: Path, source: DataSource, options: SuiteOptions) -> dict[str, Any]:
     """Name what a run depends on beside its recipe, task, start and seed."""
-    digest = hashlib.sha256()
-    for pattern in _WEIGHT_FILES:
-        for path in sorted(repository.glob(pattern)):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
     return {
-        "model_sha256": digest.hexdigest(),
+        "model_sha256": model_digest(repository),
         "data": source.data,
         "max_train": options.max_train,
         "bf16": options.bf16,

@@ -5,9 +5,12 @@ A finished run is two files, `TASK/START-seed-K.npz` (what its figures are made 
 run: a half-done one starts over, which costs at most one training.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from pipeline.evaluate.sift import SiftOptions
 from pipeline.evaluate.stepping import Strategy
 from pipeline.evaluate.submissions import FORMATS
 from pipeline.evaluate.training import outputs
+
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "spm.model")
 
 
 @dataclass(frozen=True)
@@ -236,3 +241,67 @@ def write_whole(path: Path, content: bytes) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
     partial.replace(path)
+
+
+@contextmanager
+def results_folder(asked: Path | None) -> Iterator[Path]:
+    """Provide the folder of finished runs.
+
+    Args:
+        asked: As the user says; a temporary one where None.
+
+    Yields:
+        The folder.
+    """
+    if asked is not None:
+        asked.mkdir(parents=True, exist_ok=True)
+        yield asked
+        return
+    with tempfile.TemporaryDirectory(prefix="deberta-evaluate-") as folder:
+        yield Path(folder)
+
+
+def check_shard(shard: tuple[int, int], results: Path | None) -> None:
+    """Refuse a part of the runs that there is not, or that others could not find.
+
+    Args:
+        shard: Which part, counted from 0, of how many.
+        results: Folder of finished runs.
+
+    Raises:
+        UserError: It is no part, or the runs are kept nowhere.
+    """
+    part, parts = shard
+    if not 0 <= part < parts:
+        raise UserError(f"--shard {part}/{parts}: give i/n with 0 <= i < n")
+    if parts > 1 and results is None:
+        raise UserError(
+            "--shard needs --results FOLDER, which all shards share: there they find each other"
+        )
+
+
+def file_digest(path: Path) -> str:
+    """Fingerprint a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        sha256, hexadecimal.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_digest(repository: Path) -> str:
+    """Fingerprint what is fine-tuned: weights, configuration and vocabulary.
+
+    Args:
+        repository: Its folder.
+
+    Returns:
+        sha256, hexadecimal.
+    """
+    paths = [path for pattern in _WEIGHT_FILES for path in sorted(repository.glob(pattern))]
+    digests = "".join(file_digest(path) for path in paths)
+    return hashlib.sha256(bytes.fromhex(digests)).hexdigest()

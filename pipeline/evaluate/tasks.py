@@ -21,7 +21,7 @@ from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
 from pipeline.evaluate.examples import TaggedExample, TextExample
 from pipeline.evaluate.features import Feature
-from pipeline.evaluate.figures import FIGURES
+from pipeline.evaluate.figures import FIGURES, Figure
 from pipeline.evaluate.kind import Kind, Limits
 from pipeline.evaluate.kinds import find_kind
 from pipeline.evaluate.labelled import Columns, TaskKind, read_sentences, read_texts
@@ -83,6 +83,26 @@ class Task:
         return score_files(self.files, predictions)
 
 
+def figures_of(kind: TaskKind, labels: Sequence[str]) -> dict[str, Figure]:
+    """Choose the figures of a task.
+
+    Args:
+        kind: Of the task.
+        labels: Its classes or tags.
+
+    Returns:
+        Figures by name; F1 of the spans where the tags are BIO.
+    """
+    names = {"accuracy": "accuracy", "macro_f1": "macro_f1"}
+    if kind == "tagging":
+        names = {"accuracy": "tag_accuracy", "macro_f1": "tag_macro_f1"}
+        if are_bio_tags(labels):
+            names["span_f1"] = "span_f1"
+    elif kind != "classification":
+        names = {name: name for name in _OWN_FIGURES[kind]}
+    return {name: FIGURES[key] for name, key in names.items()}
+
+
 def score_files(files: TaskFiles, predictions: Sequence[Any]) -> Scores:
     """Compare predictions with the labels of a test file.
 
@@ -91,18 +111,11 @@ def score_files(files: TaskFiles, predictions: Sequence[Any]) -> Scores:
         predictions: Of every test example, as the kind predicts.
 
     Returns:
-        Figures by name; F1 of the spans where the tags are BIO.
+        The values of `figures_of`.
     """
-    names = {"accuracy": "accuracy", "macro_f1": "macro_f1"}
-    if files.kind == "tagging":
-        names = {"accuracy": "tag_accuracy", "macro_f1": "tag_macro_f1"}
-        if are_bio_tags(files.labels):
-            names["span_f1"] = "span_f1"
-    elif files.kind != "classification":
-        names = {name: name for name in _OWN_FIGURES[files.kind]}
     return {
-        name: FIGURES[key].value(FIGURES[key].rows(files.test, predictions))
-        for name, key in names.items()
+        name: figure.value(figure.rows(files.test, predictions))
+        for name, figure in figures_of(files.kind, files.labels).items()
     }
 
 

@@ -246,19 +246,16 @@ def evaluations(recipe: Recipe, layout: Layout) -> list[list[str]]:
 
 def _models(task: TaskSection, seeds: int, layout: Layout) -> Iterator[list[str]]:
     """The words that single out each model of a task."""
-    if task.task is None:
-        for seed in range(seeds):
-            yield ["--seeds", "1", "--first-seed", str(seed)]
-        return
+    # Own files: both starts of a seed stand side by side in one array task.
     starts = 2 if task.random_start else 1
-    models = len(find_tasks(task.task)) * starts * seeds
+    models = seeds if task.task is None else len(find_tasks(task.task)) * starts * seeds
     results = str(_results_folder(task, layout))
     for model in range(models):
         yield ["--seeds", str(seeds), "--shard", f"{model}/{models}", "--results", results]
 
 
 def _results_folder(task: TaskSection, layout: Layout) -> Path:
-    """Where the models of published tasks find each other; the last makes the report."""
+    """Where the models of a task find each other; the last makes the report."""
     return layout.evaluation / task.name
 
 
@@ -347,8 +344,7 @@ def _add_evaluate(builder: _Builder, section: EvaluateSection) -> None:
         "EVALUATIONS": str(layout.slurm / EVALUATIONS_NAME),
     }
     results = [layout.evaluation / f"{name}.json" for name, *_ in rows]
-    published = [task for task in section.tasks if task.task is not None]
-    results += [_results_folder(task, layout) / "results.json" for task in published]
+    results += [_results_folder(task, layout) / "results.json" for task in section.tasks]
     array = {"array": _array(len(rows), section.array_at_once)}
     builder.add("evaluate", section, parameters, results, array, array_tasks=len(rows))
 

@@ -149,9 +149,9 @@ def test_text_becomes_a_model_by_one_command(cluster, workplace, outcome):
     assert model.config.vocab_size == 700
     figures = json.loads((run / "evaluation/heldout.json").read_text())["heldout"]["figures"]
     assert figures["eval/mlm_loss"] > 0
-    for seed in range(2):
-        scored = json.loads((run / f"evaluation/colour-{seed}.json").read_text())["finetune"]
-        assert {each["seed"] for each in scored["runs"]} == {seed}
+    own = json.loads((run / "evaluation/colour/results.json").read_text())
+    assert [each["seed"] for each in own["runs"]] == [0, 0, 1, 1]
+    assert set(own["intervals"]["pretrained"]) == {"accuracy", "macro_f1"}
     published = json.loads((run / "evaluation/entailment/results.json").read_text())
     figures = published["tasks"]["rte"]["figures"]
     assert [len(figure["by_seed"]) for figure in figures] == [2]

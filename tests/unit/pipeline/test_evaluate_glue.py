@@ -224,6 +224,10 @@ def test_recipes():
         ({"task": "cola", "data": "x", "seeds": 0}, r"--seeds 0: give 1 or more"),
         ({"task": "cola", "data": "x", "epochs": 0}, r"--epochs 0: give 1 or more"),
         ({"task": "cola", "data": "x", "learning_rate": 2.0}, r"--learning-rate 2.0: give a num"),
+        (
+            {"task": "cola", "data": "x", "train": "a", "test": "b", "results": "r"},
+            r"--results holds one table: give it with --task or with --train",
+        ),
         ({"task": "cola", "data": "x", "shard": "2/2"}, r"--shard 2/2: give i/n with 0 <= i < n"),
         ({"task": "cola", "data": "x", "shard": "one"}, r"--shard one: give i/n"),
         ({"task": "cola", "data": "x", "shard": "0/2"}, r"--shard needs --results FOLDER"),

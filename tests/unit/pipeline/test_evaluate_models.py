@@ -12,10 +12,18 @@ from data_prep.errors import CorruptError, UserError
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
 from pipeline.commands_evaluate import evaluate_command
+from pipeline.evaluate import figures
 from pipeline.evaluate.finetune import FinetuneOptions, finetune
 from pipeline.evaluate.heldout_model import choose_device, evaluate_heldout_model
 from pipeline.evaluate.load import encoder_repository, load_pretrained
 from tests.commits import flip_a_byte
+
+
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch):
+    """Intervals cost a second a figure; whether they are right is a test of figures."""
+    monkeypatch.setattr(figures, "NUM_DRAWS", 50)
+
 
 OPTIONS = FinetuneOptions(seeds=2, epochs=6, learning_rate=3e-3, batch_size=8, max_length=16)
 
@@ -205,6 +213,34 @@ def test_seeds_may_be_shared_among_processes(exported, classes):
         return finetune(exported.folder, *classes, options=options).runs
 
     assert runs(seeds=2) == runs(seeds=1) + runs(seeds=1, first_seed=1)
+
+
+def test_shards_of_own_files_become_one_table(exported, classes, tmp_path, capsys):
+    """As an array of jobs shares them; the same command again trains nothing."""
+    arguments = {"train": classes[0], "test": classes[1], "seeds": 3, "epochs": 1, "max_train": 8}
+    arguments |= {"max_length": 16, "device": "cpu", "learning_rate": 1e-3}
+    shared = {**arguments, "results": tmp_path / "results"}
+    for part in (1, 0):
+        evaluate_command(exported.folder, **shared, shard=f"{part}/2")
+    first = capsys.readouterr()
+    assert "2 of 6 runs are finished; the others are of other shards" in first.err
+    assert first.out.count("pre-trained") == 1, "the last prints the table"
+    merged = json.loads((tmp_path / "results" / "results.json").read_text())
+    evaluate_command(exported.folder, **shared, as_json=True)
+    last = capsys.readouterr()
+    assert "seed" not in last.err
+    assert json.loads(last.out)["finetune"] == merged
+    evaluate_command(exported.folder, **arguments, as_json=True)
+    alone = json.loads(capsys.readouterr().out)["finetune"]
+    for key in ("runs", "summary", "intervals", "baselines"):
+        assert merged[key] == alone[key], key
+    assert [run["seed"] for run in merged["runs"]] == [0, 0, 1, 1, 2, 2]
+    low, high = merged["intervals"]["pretrained"]["accuracy"]
+    assert low < merged["summary"]["pretrained"]["accuracy"]["mean"] < high
+    with pytest.raises(UserError, match=r"is of other settings: epochs 1 there, 2 now"):
+        evaluate_command(exported.folder, **{**shared, "epochs": 2})
+    with pytest.raises(UserError, match=r"--shard needs --results FOLDER"):
+        evaluate_command(exported.folder, **arguments, shard="0/2")
 
 
 def test_command_with_everything(exported, dataset_folder, tagged, tmp_path, capsys):

@@ -143,11 +143,13 @@ def test_stages_become_jobs_with_what_they_ask_of_slurm(plan):
 def test_an_evaluation_is_an_array_task_for_each_task_and_seed(tmp_path):
     text = RECIPE + '[evaluate]\nseeds=2\n[[evaluate.tasks]]\nname="a"\ntrain="x"\ntest="y"\n'
     recipe = load_recipe(write_recipe(tmp_path, text))
-    rows = evaluations(recipe, Layout.of(recipe, tmp_path))
+    layout = Layout.of(recipe, tmp_path)
+    rows = evaluations(recipe, layout)
+    shared = ["--results", str(layout.evaluation / "a")]
     assert rows == [
         ["heldout", "--dataset", str(tmp_path / "dataset")],
-        ["a-0", "--train", "x", "--test", "y", "--seeds", "1", "--first-seed", "0"],
-        ["a-1", "--train", "x", "--test", "y", "--seeds", "1", "--first-seed", "1"],
+        ["a-0", "--train", "x", "--test", "y", "--seeds", "2", "--shard", "0/2", *shared],
+        ["a-1", "--train", "x", "--test", "y", "--seeds", "2", "--shard", "1/2", *shared],
     ]
 
 
