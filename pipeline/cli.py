@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from data_prep.errors import UserError
+from pipeline.commands_card import card_command
 from pipeline.commands_checkpoint import checkpoint_app
 from pipeline.commands_compare import compare_command
 from pipeline.commands_doctor import doctor_command
@@ -49,6 +50,7 @@ def train(
 
 app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
+app.command("card")(card_command)
 app.command("compare")(compare_command)
 app.command("extend")(extend_command)
 app.command("launch")(launch_command)

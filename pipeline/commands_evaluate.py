@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -264,6 +266,12 @@ def _starts(given: dict[str, Any], by_default: bool) -> tuple[str, ...]:
     return ("pretrained", "random") if asked else ("pretrained",)
 
 
+def _command() -> str:
+    """Write the command of this process as it would be typed, for all shards together."""
+    words = shlex.join(["deberta", *sys.argv[1:]])
+    return re.sub(r" --shard[ =]\d+/\d+", "", words)
+
+
 def _shard(given: dict[str, Any]) -> tuple[int, int]:
     """Read which part of the models is trained here."""
     if (match := re.fullmatch(r"(\d+)/(\d+)", given["shard"])) is None:
@@ -323,6 +331,7 @@ def _fine_tune_tasks(report: _Report, given: dict[str, Any], strategy: "Strategy
         results=given["results"],
         predictions=given["predictions"],
         shard=_shard(given),
+        command=_command(),
     )
     source = DataSource(given["data"], is_for_one_task=len(specs) == 1)
     found = evaluate_tasks(
@@ -376,7 +385,11 @@ def _fine_tune_files(report: _Report, given: dict[str, Any], strategy: "Strategy
     if finetuned is None:
         return
     intervals = finetuned.intervals()
-    report.values["finetune"] = {**finetuned.to_dict(), "intervals": intervals}
+    report.values["finetune"] = {
+        **finetuned.to_dict(),
+        "intervals": intervals,
+        "command": _command(),
+    }
     if given["results"] is not None and strategy.rank == 0:
         text = json.dumps(report.values["finetune"], indent=2) + "\n"
         write_whole(given["results"] / "results.json", text.encode("utf-8"))

@@ -35,7 +35,7 @@ from pipeline.evaluate.task_runs import (
     check_shard,
     file_digest,
     model_digest,
-    read_run,
+    read_runs,
     results_folder,
     write_run,
 )
@@ -97,6 +97,10 @@ class FinetuneReport:
     options: FinetuneOptions
     runs: tuple[FinetuneRun, ...]
     baselines: dict[str, Scores]
+    files: tuple[str, str]
+    """For training, and for the test."""
+    model_sha256: str
+    """Fingerprint of what was fine-tuned."""
     rows: Sequence[Mapping[str, np.ndarray]] = field(default=(), repr=False, compare=False)
     """Of each run: figure -> rows of the test examples, as in `figures`."""
 
@@ -209,39 +213,23 @@ def finetune_share(
     strategy = strategy or AloneStrategy(choose_device(options.device))
     files = read_task(kind, train, test, columns, options.max_train)
     with encoder_repository(model, dataset) as repository:
-        from transformers import AutoConfig  # costs seconds to import
-
-        with loaded_from(repository):
-            config = AutoConfig.from_pretrained(repository, trust_remote_code=False)
-        if options.max_length > config.max_position_embeddings:
-            raise UserError(
-                f"--max-length {options.max_length}: the model takes at most "
-                f"{config.max_position_embeddings} tokens (max_position_embeddings)"
-            )
-        size = config.num_hidden_layers * config.hidden_size
-        rate = options.learning_rate or RATE_TIMES_SIZE / size
+        rate = _learning_rate(repository, options)
         data = build_task(files, Tokenizer.load(repository), options.max_length)
         settings = _settings(repository, (train, test), columns, rate, options)
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         names = [RunName(train.stem, start, seed) for seed in seeds for start in options.starts]
         ours = [n for n in names if (n.seed - options.first_seed) % shard[1] == shard[0]]
         with results_folder(results) as folder:
-
-            def finished() -> dict[RunName, RunResult]:
-                found = {name: read_run(folder, name, settings) for name in names}
-                return {name: result for name, result in found.items() if result is not None}
-
-            done = strategy.agree(finished)
-            for name in ours:
-                if name in done:
-                    continue
+            of_task = {train.stem: settings}
+            done = strategy.agree(lambda: read_runs(folder, names, of_task))
+            for name in (name for name in ours if name not in done):
                 result = _train_and_score(repository, name, data, options, rate, strategy)
                 if strategy.rank == 0:
                     write_run(folder, result, settings)
                 scores = result.scores[""].items()
                 figures = "  ".join(f"{figure} {value:.4f}" for figure, value in scores)
                 say(f"seed {name.seed}, {name.start}: {figures}")
-            found = list(strategy.agree(finished).values())
+            found = list(strategy.agree(lambda: read_runs(folder, names, of_task)).values())
     if len(found) < len(names):
         say(f"{len(found)} of {len(names)} runs are finished; the others are of other shards")
         return None
@@ -256,6 +244,8 @@ def finetune_share(
         options,
         tuple(FinetuneRun(r.name.start, r.name.seed, dict(r.scores[""])) for r in found),
         data.baselines,
+        (str(train), str(test)),
+        settings["model_sha256"],
         [{key.removeprefix(":"): rows for key, rows in r.rows.items()} for r in found],
     )
 
@@ -270,6 +260,21 @@ def _check_options(options: FinetuneOptions) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: give {minimum} or more")
     if options.learning_rate is not None and not 0 < options.learning_rate < 1:
         raise UserError(f"--learning-rate {options.learning_rate}: give a number in (0, 1)")
+
+
+def _learning_rate(repository: Path, options: FinetuneOptions) -> float:
+    """Choose the rate for the model's size, and refuse a length that it cannot take."""
+    from transformers import AutoConfig  # costs seconds to import
+
+    with loaded_from(repository):
+        config = AutoConfig.from_pretrained(repository, trust_remote_code=False)
+    if options.max_length > config.max_position_embeddings:
+        raise UserError(
+            f"--max-length {options.max_length}: the model takes at most "
+            f"{config.max_position_embeddings} tokens (max_position_embeddings)"
+        )
+    size = config.num_hidden_layers * config.hidden_size
+    return options.learning_rate or RATE_TIMES_SIZE / size
 
 
 def _settings(

@@ -32,10 +32,9 @@ from pipeline.evaluate.task_runs import (
     Inputs,
     PreparedTask,
     RunName,
-    RunResult,
     check_shard,
     model_digest,
-    read_run,
+    read_runs,
     results_folder,
     run_task,
     write_run,
@@ -67,6 +66,8 @@ class SuiteOptions:
     """Folder for submissions; none are written where None."""
     shard: tuple[int, int] = (0, 1)
     """Which part of the runs, counted from 0, of how many."""
+    command: str = ""
+    """Told in the report."""
 
 
 def evaluate_tasks(
@@ -116,12 +117,7 @@ def evaluate_tasks(
             for seed in range(options.seeds)
         ]
         ours = set(names[options.shard[0] :: options.shard[1]])
-
-        def finished() -> dict[RunName, RunResult]:
-            found = {name: read_run(folder, name, settings[name.task]) for name in names}
-            return {name: result for name, result in found.items() if result is not None}
-
-        done = strategy.agree(finished)
+        done = strategy.agree(lambda: read_runs(folder, names, settings))
         for spec in specs:
             todo = [n for n in names if n.task == spec.name and n in ours and n not in done]
             if not todo:
@@ -140,11 +136,12 @@ def evaluate_tasks(
                 if strategy.rank == 0:
                     write_run(folder, result, settings[spec.name])
                 say(f"{name.stem}: {_scores_line(result.scores)}")
-        results = list(strategy.agree(finished).values())
+        results = list(strategy.agree(lambda: read_runs(folder, names, settings)).values())
         if len(results) < len(names):
             say(f"{len(results)} of {len(names)} runs are finished; the others are of other shards")
             return None
-        report = build_report(str(model), specs, recipes, results)
+        origin = (shared["model_sha256"], options.command)
+        report = build_report(str(model), specs, recipes, results, *origin)
         text = json.dumps(report.to_dict(), indent=2) + "\n"
         if strategy.rank == 0:
             write_whole(folder / "results.json", text.encode("utf-8"))

@@ -52,6 +52,10 @@ class SuiteReport:
     figures: tuple[FigureReport, ...]
     averages: Mapping[str, Mapping[str, tuple[float, ...]]]
     """Suite -> start -> average of its tasks, by seed; or task -> start -> average of its parts."""
+    model_sha256: str
+    """Fingerprint of what was fine-tuned."""
+    command: str
+    """That made it, for model cards."""
 
     def to_dict(self) -> dict[str, Any]:
         """Convert for JSON.
@@ -61,6 +65,8 @@ class SuiteReport:
         """
         return {
             "model": self.model,
+            "model_sha256": self.model_sha256,
+            "command": self.command,
             "tasks": {
                 name: {
                     "recipe": asdict(recipe),
@@ -82,6 +88,8 @@ def build_report(
     specs: Sequence[TaskSpec],
     recipes: Mapping[str, Recipe],
     results: Sequence[RunResult],
+    model_sha256: str,
+    command: str = "",
 ) -> SuiteReport:
     """Put all runs together.
 
@@ -90,6 +98,8 @@ def build_report(
         specs: The tasks.
         recipes: By task.
         results: Every seed of every start of every task.
+        model_sha256: Fingerprint of what was fine-tuned.
+        command: That made it.
 
     Returns:
         The report.
@@ -107,7 +117,8 @@ def build_report(
                     ends = interval(rows, FIGURES[figure])
                     figures.append(FigureReport(spec.name, start, part, figure, by_seed, ends))
     counts = {result.name.task: result.counts for result in results}
-    return SuiteReport(model, recipes, counts, tuple(figures), _averages(specs, results))
+    averages = _averages(specs, results)
+    return SuiteReport(model, recipes, counts, tuple(figures), averages, model_sha256, command)
 
 
 def _averages(

@@ -230,6 +230,26 @@ def read_run(folder: Path, name: RunName, settings: Mapping[str, Any]) -> RunRes
     return result
 
 
+def read_runs(
+    folder: Path, names: Sequence[RunName], settings: Mapping[str, Mapping[str, Any]]
+) -> dict[RunName, RunResult]:
+    """Read those runs that are finished.
+
+    Args:
+        folder: Of all results.
+        names: Which runs.
+        settings: Task -> what its runs must have been made with.
+
+    Returns:
+        The finished runs, in the order of the names.
+
+    Raises:
+        UserError: One was made with other settings, or is damaged.
+    """
+    found = ((name, read_run(folder, name, settings[name.task])) for name in names)
+    return {name: result for name, result in found if result is not None}
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is there whole or not at all.
 

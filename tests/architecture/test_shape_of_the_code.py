@@ -29,10 +29,10 @@ LAYERS = {
     "export_verify hf_layout model_card evaluate compare run_data weights guard initialize "
     "session run_services training_step train_state recovery commit_writer commit_upkeep "
     "commit_conversion resume divergence extend preflight launch submit report "
-    "export_facts export_repositories export_weights modeling_rtd",
+    "export_facts export_repositories export_weights modeling_rtd card_scores",
     6: "cli commands_plan commands_extend commands_checkpoint commands_export commands_evaluate "
     "commands_compare commands_doctor commands_launch commands_submit commands_report "
-    "train dry_run demo",
+    "commands_card train dry_run demo",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 CONTRACT = {"data_prep.errors", "data_prep.manifest", "data_prep.shards", "data_prep.tokenizer"}
