@@ -13,7 +13,7 @@ from pipeline.commands_checkpoint import checkpoint_app
 from pipeline.commands_compare import compare_command
 from pipeline.commands_doctor import doctor_command
 from pipeline.commands_evaluate import evaluate_command
-from pipeline.commands_export import export_command
+from pipeline.commands_export import export_command, export_onnx_command, push_command
 from pipeline.commands_extend import extend_command
 from pipeline.commands_launch import launch_command
 from pipeline.commands_plan import plan_command
@@ -49,6 +49,8 @@ def train(
 
 
 app.command("export")(export_command)
+app.command("export-onnx")(export_onnx_command)
+app.command("push")(push_command)
 app.command("evaluate")(evaluate_command)
 app.command("card")(card_command)
 app.command("compare")(compare_command)

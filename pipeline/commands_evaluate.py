@@ -63,6 +63,9 @@ TrainOption = Annotated[
     ),
 ]
 TestOption = Annotated[Path | None, typer.Option(help="Score the fine-tuned models on this file.")]
+SaveOption = Annotated[
+    Path | None, typer.Option(help="Keep the models of --train here, as START-seed-K.")
+]
 KindOption = Annotated[
     Literal["classification", "regression", "tagging", "span", "multiple-choice"] | None,
     typer.Option(help="Kind of --train and --test; by their suffix by default."),
@@ -118,6 +121,7 @@ def evaluate_command(
     train: TrainOption = None,
     test: TestOption = None,
     kind: KindOption = None,
+    save: SaveOption = None,
     text_column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
     text_pair_column: Annotated[
         str | None, typer.Option(help="Column of a second text, if there is one.")
@@ -206,6 +210,10 @@ def _check(given: dict[str, Any]) -> None:
         raise UserError("--first-seed goes with --train; jobs share --task by --shard i/n")
     if None not in (given["results"], given["task"], given["train"]):
         raise UserError("--results holds one table: give it with --task or with --train, not both")
+    if given["save"] is not None and (given["train"] is None or given["deepspeed_config"]):
+        raise UserError("--save keeps models of --train that one process trained: leave it out")
+    if given["save"] is not None and given["results"] is not None:
+        raise UserError("--save keeps what this call trains, and --results leaves out what it has")
     if all(given[name] is None for name in ("dataset", "minimal_pairs", "train", "task")):
         raise UserError(
             "nothing to measure: give --dataset DATASET for held-out figures, --minimal-pairs "
@@ -366,6 +374,7 @@ def _fine_tune_files(report: _Report, given: dict[str, Any], strategy: "Strategy
         starts=_starts(given, by_default=True),
         bf16=given["bf16"],
         sift=_sift(given),
+        save=None if given["save"] is None else str(given["save"]),
         **numbers,
     )
     columns = Columns(given["text_column"], given["label_column"], given["text_pair_column"])

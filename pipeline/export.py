@@ -1,30 +1,34 @@
 """From a commit to two Hugging Face repositories, whole and proven, or nothing.
 
 1. commit        the newest valid one of a run, or the one that is named; every byte hashed
+                 (`export_commits`); others of the run on request, in folders beside it
 2. tokenizer     the dataset's, and the one that the commit was trained with
 3. write         OUTPUT.partial/{discriminator,generator}, on disk (`export_repositories`)
 4. verify        transformers reloads both in a clean process (`export_verify`)
-5. publish       rename to OUTPUT
+5. graphs        on request, of the encoder (`export_onnx`)
+6. publish       rename to OUTPUT
 """
 
 import dataclasses
-import logging
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from data_prep.errors import CorruptError, UserError
+from data_prep.errors import UserError
 from data_prep.shards import Dataset
 from data_prep.tokenizer import Tokenizer
-from pipeline.commit import Commit, list_commits, read_manifest, verify_commit
+from pipeline.commit import Commit
 from pipeline.config import RunConfig
 from pipeline.config_loading import load_run_config
+from pipeline.export_commits import find_commit, find_newest_commits, find_step_commits
 from pipeline.export_facts import export_facts
+from pipeline.export_onnx import OnnxForm, OnnxReport, check_onnx_packages, export_onnx
 from pipeline.export_repositories import ARCHITECTURES, write_repositories
 from pipeline.export_verify import Verification, verify_export
 from pipeline.export_weights import DEFAULT_SHARD_SIZE, check_shard_size
@@ -33,7 +37,7 @@ from pipeline.run_folder import fsync_file, fsync_folder
 from pipeline.sequences import SequenceStream
 from pipeline.weights import load_average_pair
 
-logger = logging.getLogger(__name__)
+_STEP = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class ExportReport:
     parameters: dict[str, int]
     """Parameters by network."""
     verification: Verification
+    onnx: OnnxReport | None = None
+    """Of the encoder's graphs, where they were asked for."""
+    steps: dict[int, Verification] = field(default_factory=dict)
+    """Commits that lie beside it, in folders `step-...`, and their proofs."""
 
     @property
     def encoder(self) -> Path:
@@ -63,75 +71,6 @@ class ExportReport:
         return {**dataclasses.asdict(self), **paths}
 
 
-def find_commit(run_or_commit: Path) -> Commit:
-    """Find and verify the commit that a path means.
-
-    Args:
-        run_or_commit: A run folder, its checkpoints folder, or one commit.
-
-    Returns:
-        The commit; of a run the newest one whose every byte is as written, and what was passed
-        over is named in the log.
-
-    Raises:
-        UserError: There is no commit.
-        CorruptError: The commit that is named, or every commit of the run, is damaged.
-    """
-    path = run_or_commit
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; name a run folder or one of its checkpoints")
-    if (path / "manifest.json").is_file() or (path / "train_state.json").is_file():
-        commit = Commit(path, 0)
-        verify_commit(commit)
-        return Commit(path, int(read_manifest(commit)["step"]))
-    commits = list_commits(path / "checkpoints") or list_commits(path)
-    if not commits:
-        raise UserError(
-            f"{path}: neither a run folder with a checkpoint nor a checkpoint; a run's first is "
-            "written after checkpoint.interval_steps"
-        )
-    problems = []
-    for commit in reversed(commits):
-        try:
-            verify_commit(commit)
-        except CorruptError as error:
-            logger.warning("%s; the checkpoint before it is used", error)
-            problems.append(str(error))
-        else:
-            return commit
-    raise CorruptError("no checkpoint is whole:\n  " + "\n  ".join(problems))
-
-
-def find_newest_commits(run: Path, count: int) -> list[Commit]:
-    """Find and verify the newest commits of a run, to average them.
-
-    Args:
-        run: A run folder, or its checkpoints folder.
-        count: How many, at least 1.
-
-    Returns:
-        The commits, the newest first; damaged ones are passed over and named in the log.
-
-    Raises:
-        UserError: There are not so many.
-    """
-    found: list[Commit] = []
-    for commit in reversed(list_commits(run / "checkpoints") or list_commits(run)):
-        try:
-            verify_commit(commit)
-        except CorruptError as error:
-            logger.warning("%s; the checkpoint before it is used", error)
-        else:
-            found.append(commit)
-        if len(found) == count:
-            return found
-    raise UserError(
-        f"{run}: has {len(found)} whole checkpoints, and {count} are to be averaged: name a run "
-        "folder with as many (checkpoint.keep_last, checkpoint.milestone_interval_steps), or "
-        "average fewer"
-    )
-
-
 def export_run(
     run_or_commit: Path,
     output: Path,
@@ -140,10 +79,12 @@ def export_run(
     dtype: ExportDtype = "fp32",
     licence: str = "",
     average: int = 1,
+    steps: Collection[int] | None = (),
     max_shard_size: str = DEFAULT_SHARD_SIZE,
+    onnx: Collection[OnnxForm] = (),
     force: bool = False,
 ) -> ExportReport:
-    """Export a commit as two repositories, proven before they appear.
+    """Export a commit as two repositories, and others beside it, proven before they appear.
 
     Args:
         run_or_commit: A run folder (its newest valid commit) or a commit.
@@ -152,7 +93,10 @@ def export_run(
         dtype: How weights are stored.
         licence: For the cards, an identifier of the hub such as "mit"; empty leaves it open.
         average: Export the mean of the weights of so many of the run's newest commits.
+        steps: Export the run's commits of these steps too, each into a folder as its own is named;
+            all of them where None.
         max_shard_size: Largest file of weights, such as "5GB".
+        onnx: Graphs to write of the encoder too; "int8" is written beside "fp32".
         force: Replace an earlier export.
 
     Returns:
@@ -164,29 +108,68 @@ def export_run(
         CorruptError: The commit or the dataset is damaged.
     """
     check_shard_size(max_shard_size)
+    if onnx:
+        check_onnx_packages()
     _refuse_to_overwrite(output, force)
-    averaged = find_newest_commits(run_or_commit, average) if average > 1 else []
-    commit = averaged[0] if averaged else find_commit(run_or_commit)
-    config = load_run_config(str(commit.path / "config.resolved.json"))
-    identity = commit.read_json("train_state.json")["identity"]
+    commits = [find_commit(run_or_commit)]
+    if average > 1:
+        commits = find_newest_commits(run_or_commit, average)
+    others = find_step_commits(run_or_commit, steps) if steps is None or steps else []
+    config = load_run_config(str(commits[0].path / "config.resolved.json"))
+    identity = commits[0].read_json("train_state.json")["identity"]
     data = open_tokenized(config, dataset, identity["tokenizer_fingerprint"])
-    pair = load_average_pair(averaged or [commit], config)
-    tensors = repository_tensors(pair, config, dtype)
-    parameters = {name: sum(t.numel() for t in part.values()) for name, part in tensors.items()}
-    reference = pair if dtype == "fp32" else pair_from_tensors(config, tensors)
+    settings = _Settings(config, data, dtype, licence, max_shard_size)
+    graphs = None
     with _published(output) as partial:
-        steps = tuple(each.step for each in averaged)
-        facts = export_facts(commit, config, dtype, licence, steps)
-        write_repositories(partial, commit, facts, data.tokenizer_folder, tensors, max_shard_size)
-        verification = verify_export(
-            partial,
-            reference,
-            tensors,
-            config,
-            stream=_any_sequences(data, config.data.sequence_length),
-            tokenizer=Tokenizer.load(data.tokenizer_folder),
-        )
-    return ExportReport(output, commit.path, commit.step, dtype, parameters, verification)
+        parameters, verification = _export_weights(commits, partial, settings)
+        if onnx:
+            encoder = next(name for name in ARCHITECTURES if name in parameters)
+            graphs = export_onnx(partial / encoder, int8="int8" in onnx)
+        verifications = {}
+        for commit in others:
+            folder = partial / commit.path.name
+            folder.mkdir()
+            _, verifications[commit.step] = _export_weights([commit], folder, settings)
+    newest = commits[0]
+    return ExportReport(
+        output, newest.path, newest.step, dtype, parameters, verification, graphs, verifications
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What all commits of an export share."""
+
+    config: RunConfig
+    data: Dataset
+    dtype: ExportDtype
+    licence: str
+    max_shard_size: str
+
+
+def _export_weights(
+    commits: Sequence[Commit], folder: Path, settings: _Settings
+) -> tuple[dict[str, int], Verification]:
+    """Write the mean of some commits, the newest first; (parameters by network, proof)."""
+    config, data, dtype = settings.config, settings.data, settings.dtype
+    pair = load_average_pair(commits, config)
+    tensors = repository_tensors(pair, config, dtype)
+    averaged = tuple(each.step for each in commits) if len(commits) > 1 else ()
+    facts = export_facts(commits[0], config, dtype, settings.licence, averaged)
+    write_repositories(
+        folder, commits[0], facts, data.tokenizer_folder, tensors, settings.max_shard_size
+    )
+    verification = verify_export(
+        folder,
+        pair if dtype == "fp32" else pair_from_tensors(config, tensors),
+        tensors,
+        config,
+        stream=_any_sequences(data, config.data.sequence_length),
+        tokenizer=Tokenizer.load(data.tokenizer_folder),
+    )
+    return {name: sum(t.numel() for t in part.values()) for name, part in tensors.items()}, (
+        verification
+    )
 
 
 def open_tokenized(config: RunConfig, dataset: Path | None, fingerprint: str) -> Dataset:
@@ -232,7 +215,7 @@ def _refuse_to_overwrite(output: Path, force: bool) -> None:
     if not force:
         raise UserError(f"{output} exists: choose another folder, or replace it with --force")
     names = {path.name for path in output.iterdir()} if output.is_dir() else {""}
-    if not names <= set(ARCHITECTURES):
+    if not all(name in ARCHITECTURES or _STEP.fullmatch(name) for name in names):
         raise UserError(
             f"{output} is not an earlier export, and --force replaces nothing else: choose another "
             "folder"

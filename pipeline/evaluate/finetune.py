@@ -27,6 +27,7 @@ from pipeline.evaluate.labelled import DEFAULT_COLUMNS, Columns, TaskKind, task_
 from pipeline.evaluate.load import encoder_repository
 from pipeline.evaluate.plan import TrainingPlan
 from pipeline.evaluate.recipes import RATE_TIMES_SIZE
+from pipeline.evaluate.saving import check_place, save_model
 from pipeline.evaluate.sift import SiftOptions
 from pipeline.evaluate.stepping import AloneStrategy, Strategy
 from pipeline.evaluate.task_runs import (
@@ -71,6 +72,8 @@ class FinetuneOptions:
     """Adversarial perturbation of the embeddings, if any."""
     first_seed: int = 0
     """The first of them: processes that share the seeds among them begin at different ones."""
+    save: str | None = None
+    """Folder for the trained models, as START-seed-K; none are kept where None."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,8 @@ def finetune_share(
     check_shard(shard, results)
     kind = task_kind(train, kind)
     strategy = strategy or AloneStrategy(choose_device(options.device))
+    if options.save is not None:
+        check_place(Path(options.save))
     files = read_task(kind, train, test, columns, options.max_train)
     with encoder_repository(model, dataset) as repository:
         rate = _learning_rate(repository, options)
@@ -314,6 +319,9 @@ def _train_and_score(
     how = (kind, task.train, plan, name.seed, strategy)
     with fine_tuned(repository, name.start, head, *how) as model:
         found = outputs(model, kind, task.test, options.batch_size, strategy, bf16=options.bf16)
+        if options.save is not None:
+            folder = Path(options.save) / f"{name.start}-seed-{name.seed}"
+            save_model(model, repository, folder, task.files.labels)
     predictions = kind.predictions(found, task.test, task.files.test)
     figures = figures_of(task.files.kind, task.files.labels)
     rows = {f":{key}": f.rows(task.files.test, predictions) for key, f in figures.items()}

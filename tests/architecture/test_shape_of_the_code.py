@@ -29,7 +29,8 @@ LAYERS = {
     "export_verify hf_layout model_card evaluate compare run_data weights guard initialize "
     "session run_services training_step train_state recovery commit_writer commit_upkeep "
     "commit_conversion resume divergence extend preflight launch submit report "
-    "export_facts export_repositories export_weights modeling_rtd card_scores",
+    "export_facts export_repositories export_weights modeling_rtd card_scores "
+    "export_onnx onnx_text export_commits hub_push",
     6: "cli commands_plan commands_extend commands_checkpoint commands_export commands_evaluate "
     "commands_compare commands_doctor commands_launch commands_submit commands_report "
     "commands_card train dry_run demo",
