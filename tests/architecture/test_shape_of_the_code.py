@@ -33,7 +33,7 @@ LAYERS = {
     "export_onnx onnx_text export_commits hub_push",
     6: "cli commands_plan commands_extend commands_checkpoint commands_export commands_evaluate "
     "commands_compare commands_doctor commands_launch commands_submit commands_report "
-    "commands_card train dry_run demo",
+    "commands_evaluate_options commands_card train dry_run demo",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 CONTRACT = {"data_prep.errors", "data_prep.manifest", "data_prep.shards", "data_prep.tokenizer"}
