@@ -202,9 +202,10 @@ class EvaluationSection(Section):
     minimal_pairs: str = ""
     """File of sentence pairs (`sentence_good`, `sentence_bad`) that both networks are probed with
     at every evaluation, without training; empty for none."""
-    minimal_pairs_compute_fraction: Probability = 0.005
+    minimal_pairs_compute_fraction: Probability = 0.0025
     """What the probe may cost of the training between two evaluations, in operations; it takes so
-    many pairs."""
+    many pairs. Short passes take more time than their operations: half of the half percent of the
+    time that the probe should stay below."""
 
 
 class LoggingSection(Section):

@@ -204,6 +204,8 @@ def _all_reduce(node: str, world: World) -> Finding:
     gbit = 2 * (size - 1) / size * count * 4 * 8 / seconds / 1e9
     backend = "NCCL" if is_cuda else "gloo"
     text = f"{backend} all-reduce over {size} ranks, {gbit:.1f} Gbit/s each way"
+    if size == 1:
+        text = f"{backend} all-reduce of one rank, in {1000 * seconds:.1f} ms"
     if is_right:
         return Finding(node, "network", True, text)
     return Finding(node, "network", False, f"{text}, with a wrong sum", "drain the node")

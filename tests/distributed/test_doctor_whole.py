@@ -52,6 +52,11 @@ def test_all_looks(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_world_of_one():
+    line = look_at_world("n", variables(), "gloo", 1).line
+    assert line.startswith("n world of 1, gloo: ok, gloo all-reduce of one rank, in ")
+
+
 def test_a_world_that_cannot_meet():
     finding = look_at_world("n", {**variables(), "GLOO_SOCKET_IFNAME": "ib7"}, "gloo", 2)
     assert finding.line.startswith("n world of 2, gloo: FAIL, rank 0 at 127.0.0.1:")
