@@ -73,7 +73,9 @@ def repository_config(
         "pooler_hidden_size": network.hidden_size,
         "pooler_hidden_act": "gelu",
         "pooler_dropout": 0,
-        "tie_word_embeddings": True,
+        # transformers 5.17 and 5.20 look for a tied matrix that the head of legacy=false does not
+        # have, and fail; that head reads the word table itself, tied or not.
+        "tie_word_embeddings": _is_narrow(network),
         "legacy": _is_narrow(network),
         "dtype": str(TORCH_DTYPES[dtype]).removeprefix("torch."),
     }
