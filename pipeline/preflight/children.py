@@ -89,11 +89,18 @@ class Child:
         try:
             output, errors = self._process.communicate(timeout=timeout_seconds)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            output, errors = self._process.communicate()
+            output, errors = self._end()
             return Answer(None, output, f"{errors}\nno end within {timeout_seconds:.0f} s")
+        except BaseException:  # an interrupt reaches this process alone
+            self._end()
+            raise
         return Answer(self._process.returncode, output, errors)
+
+    def _end(self) -> tuple[str, str]:
+        """Kill it and what it has started; returns what it had written."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        return self._process.communicate()
 
 
 def ask(words: Sequence[str], environment: Mapping[str, str], timeout_seconds: float) -> Answer:
