@@ -22,6 +22,7 @@ from pipeline.engine_stepping import backward, set_learning_rates, step_engine
 from pipeline.evaluate.features import Feature, collate
 from pipeline.evaluate.kind import Kind
 from pipeline.evaluate.plan import TrainingPlan
+from pipeline.evaluate.sift import Sift
 from pipeline.evaluate.stepping import WEIGHT_DECAY, Stepper, batch_loss
 from pipeline.runtime import World
 
@@ -46,10 +47,16 @@ class DeepSpeedStrategy:
 
     def start(self, model: nn.Module, kind: Kind, plan: TrainingPlan) -> Stepper:
         """Make a model ready for training."""
-        if plan.sift is not None:
+        if plan.sift is not None and self._ds.zero_stage == 3:
+            # Its passes beside the engine's own would gather and release weights out of order.
             raise UserError(
-                "--sift with --deepspeed_config: gradients of the perturbation are not DeepSpeed's;"
-                " leave one of the two out"
+                f"--sift with {self._ds.path}: its passes need whole weights, and ZeRO-3 divides "
+                "them; give a JSON with stage 0, 1 or 2"
+            )
+        if plan.sift is not None and self._ds.precision == "autocast":
+            raise UserError(
+                f"--sift with {self._ds.path}: torch_autocast does not reach the passes "
+                "of the perturbation; give a JSON with bf16, fp16 or neither"
             )
         if plan.bf16:
             raise UserError(
@@ -111,6 +118,8 @@ class _EngineStepper:
             {_NETWORK: model}, optimizer=self._optimizer, ds=ds, plan=self._plan, world=world
         )
         self.model: Any = engines.by_name[_NETWORK]
+        # The module: a gradient through the engine's outputs is a backward pass of its step to it.
+        self._sift = Sift(self.model.module, plan.sift).attach() if plan.sift else None
 
     def step(self, chosen: Sequence[Feature], factor: float) -> float:
         """Take one optimizer step."""
@@ -123,7 +132,7 @@ class _EngineStepper:
             share = len(part) / len(chosen)
             # The last batch of an epoch may leave a rank without examples, but not without a pass.
             batch = collate(part or chosen[:1], world.device, self._kind.label_dtype)
-            loss = batch_loss(self._kind, self.model, batch, None)
+            loss = batch_loss(self._kind, self.model, batch, self._sift)
             total += loss.detach().float() * share
             scale = share * world.world_size * self._plan.gradient_accumulation_steps
             backward(self.model, loss * scale, is_last=number + 1 == num_micro_steps)
@@ -135,5 +144,7 @@ class _EngineStepper:
         return value
 
     def close(self) -> None:
-        """Give the engine's hooks and buffers back."""
+        """Give the engine's hooks and buffers back, and remove the perturbation."""
+        if self._sift is not None:
+            self._sift.detach()
         self.model.destroy()

@@ -78,6 +78,31 @@ def test_one_rank_trains_as_torch_does(steady, tokenizer, world, stage, monkeypa
     assert np.abs(np.array(found[0]) - np.array(found[1])).max() < 0.01 * size
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_sift_is_the_same_under_deepspeed(steady, tokenizer, world, stage):
+    """The noise of the only rank is that of one process; without it the model is another."""
+    import torch.distributed as dist
+
+    from pipeline.evaluate.engine_strategy import DeepSpeedStrategy
+
+    kind, num_outputs = find_kind("classification", ["a", "b"])
+    texts = [f"{('war', 'peace')[i % 2]} {i} of the people" for i in range(10)]
+    examples = [TextExample(i, text, None, i % 2) for i, text in enumerate(texts)]
+    features = kind.features(examples, tokenizer, Limits(16))
+    sift = SiftOptions(vat_lambda=50.0, vat_learning_rate=0.1, vat_init_perturbation=0.3)
+    alone = AloneStrategy(CPU)
+    shared = DeepSpeedStrategy(deepspeed_config(stage, micro=4), world, dist.group.WORLD)
+    found = []
+    for strategy, options in ((alone, sift), (shared, sift), (shared, None)):
+        plan = TrainingPlan(8, 5e-3, 4, sift=options)
+        head = Head(kind.head, num_outputs)
+        with fine_tuned(steady, "pretrained", head, kind, features, plan, 0, strategy) as model:
+            found.append(np.array(outputs(model, kind, features, 4, strategy)))
+    size = np.abs(found[0]).max()
+    assert np.abs(found[1] - found[0]).max() < 0.01 * size
+    assert np.abs(found[2] - found[0]).max() > 0.05 * size
+
+
 def refuse():
     raise UserError("of one rank for all")
 
@@ -90,8 +115,14 @@ def test_what_does_not_go_together(world):
     strategy = DeepSpeedStrategy(deepspeed_config(), world, dist.group.WORLD)
     kind, _ = find_kind("regression")
     model = torch.nn.Linear(2, 1)
-    with pytest.raises(UserError, match=r"--sift with --deepspeed_config: .*leave one of the two"):
-        strategy.start(model, kind, TrainingPlan(1, 1e-3, 4, sift=SiftOptions()))
+    divided = DeepSpeedStrategy(deepspeed_config(3), world, dist.group.WORLD)
+    with pytest.raises(UserError, match=r"--sift with .*ZeRO-3 divides them; give a JSON with"):
+        divided.start(model, kind, TrainingPlan(1, 1e-3, 4, sift=SiftOptions()))
+    mixed = deepspeed_config(1, precision="autocast")
+    with pytest.raises(UserError, match=r"torch_autocast does not reach .* give a JSON with bf16"):
+        DeepSpeedStrategy(mixed, world, dist.group.WORLD).start(
+            model, kind, TrainingPlan(1, 1e-3, 4, sift=SiftOptions())
+        )
     with pytest.raises(UserError, match=r"--bf16 with --deepspeed_config: the precision is test"):
         strategy.start(model, kind, TrainingPlan(1, 1e-3, 4, bf16=True))
     strategy.world_size = 3
