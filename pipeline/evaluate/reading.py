@@ -56,7 +56,13 @@ def _question(record: Record, context: str, is_labelled: bool) -> SpanExample:
             found = [record.inner(answer, "answers") for answer in record.items("answers")]
             texts = [answer.text("text") for answer in found]
             starts = [answer.whole("answer_start") for answer in found]
-        start = int(starts[0]) if starts else None
+        if len(starts) != len(texts):
+            raise UserError(
+                f"{record.where}: answers have {len(texts)} texts, but {len(starts)} places"
+            )
+        if texts:
+            start = Record(record.where, 0, {"answer_start": starts[0]}).whole("answer_start")
+            record.place(start, start + len(str(texts[0])), context, "the first answer")
     return SpanExample(
         record.value("id"), record.text("question"), context, tuple(map(str, texts)), start
     )
@@ -84,7 +90,7 @@ def _race(record: Record, is_labelled: bool) -> list[Any]:
     for number, (question, choices, answer) in enumerate(rows):
         pairs = tuple((article, f"{question} {choice}".strip("_ ")) for choice in choices)
         given = Record(record.where, record.row, {"answer": answer})
-        label = given.label(_LETTERS, "answer") if is_labelled else None
+        label = given.label(_LETTERS[: len(choices)], "answer") if is_labelled else None
         examples.append(ChoiceExample(f"{key}-{number}", pairs, label, level))
     return examples
 

@@ -147,6 +147,28 @@ class Record:
             f"{self.where}: {names[0]} is {shown(value)}; the classes are {', '.join(labels)}"
         )
 
+    def place(self, start: int, end: int, text: str, what: str) -> tuple[int, int]:
+        """Hold a place against the text that it is in.
+
+        Args:
+            start: First character.
+            end: The one behind the last.
+            text: The text.
+            what: Name of the place, for messages.
+
+        Returns:
+            Both ends.
+
+        Raises:
+            UserError: The text has no such place.
+        """
+        if not 0 <= start < end <= len(text):
+            raise UserError(
+                f"{self.where}: {what} is at the characters {start} to {end} of a text with "
+                f"{len(text)}: {shown(text)}"
+            )
+        return start, end
+
     def inner(self, values: Any, what: str) -> "Record":
         """Look into a nested object.
 

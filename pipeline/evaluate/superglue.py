@@ -11,6 +11,7 @@ of sentences that differ in a pronoun's gender).
 import re
 from typing import Any
 
+from data_prep.errors import UserError
 from pipeline.evaluate.declaration import Diagnostic, Recipe, Split, TaskSpec
 from pipeline.evaluate.examples import (
     ChoiceExample,
@@ -77,7 +78,8 @@ def _record(record: Record, is_labelled: bool) -> list[Any]:
     passage = nested.text("text")
     marks = [nested.inner(entity, "entities") for entity in nested.items("entities")]
     # The published ends are the last characters themselves.
-    entities = sorted({(mark.whole("start"), mark.whole("end") + 1) for mark in marks})
+    ends = ((mark, mark.whole("start"), mark.whole("end") + 1) for mark in marks)
+    entities = sorted({mark.place(start, end, passage, "an entity") for mark, start, end in ends})
     examples = []
     for values in record.items("qas"):
         query = record.inner(values, "qas")
@@ -108,11 +110,16 @@ def _wic(record: Record, is_labelled: bool) -> list[Any]:
     """Mark the word in both sentences."""
     texts = tuple(record.text(name) for name in ("sentence1", "sentence2"))
     first, second = (
-        (text, (record.whole(f"start{text + 1}"), record.whole(f"end{text + 1}")))
-        for text in (0, 1)
+        (number, record.place(*_ends(record, number + 1), text, "the word"))
+        for number, text in enumerate(texts)
     )
     label = record.label(_BOOLEAN, "label") if is_labelled else None
     return [MarkedExample(record_key(record), texts, (first, second), label)]
+
+
+def _ends(record: Record, number: int) -> tuple[int, int]:
+    """Take the characters of the word in one of the sentences."""
+    return record.whole(f"start{number}"), record.whole(f"end{number}")
 
 
 def _wsc(record: Record, is_labelled: bool) -> list[Any]:
@@ -123,6 +130,12 @@ def _wsc(record: Record, is_labelled: bool) -> list[Any]:
     marks = []
     for name in ("span1", "span2"):
         number, phrase = target.whole(f"{name}_index"), target.text(f"{name}_text")
+        # Words between two spaces may be empty, and count for who made the file.
+        if not words or not 0 <= number < len(text.split(" ")):
+            raise UserError(
+                f"{target.where}: {name}_index is {number}, but the text has {len(words)} words, "
+                "counted from 0"
+            )
         last = min(number + max(1, len(phrase.split())), len(words)) - 1
         start = words[min(number, last)][0]
         # The last word may have a full stop or "'s" that the phrase does not have.

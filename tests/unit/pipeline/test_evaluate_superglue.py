@@ -153,6 +153,13 @@ def test_causes_come_first(files):
     assert [pair[0] for pair in examples[1].choices] == ["They fell."] * 2
 
 
+RACE = {"article": "a", "questions": ["b"], "options": [["c", "d"]]}
+WIC = {"sentence1": "the bank", "sentence2": "bank", "start1": 4, "end1": 8, "start2": 0, "end2": 4}
+WSC = {"text": "Ann saw her", "span1_index": 0, "span1_text": "Ann", "span2_index": 2}
+WSC |= {"span2_text": "her", "idx": 0, "label": 1}
+SQUAD = {"id": "a", "context": "The war", "question": "what"}
+
+
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
@@ -176,6 +183,31 @@ def test_causes_come_first(files):
             "squad",
             {"context": "a", "answers": []},
             r"SQuAD-1.1/train.jsonl, line 1: no column 'id'",
+        ),
+        ("race", {**RACE, "answers": ["C"]}, r"answer is 'C'; the classes are A, B"),
+        ("wic", {**WIC, "end2": 99}, r"line 1: the word is at the characters 0 to 99 of a text wi"),
+        ("wsc", {**WSC, "span2_index": 9}, r"span2_index is 9, but the text has 3 words, counted"),
+        ("wsc", {**WSC, "span1_index": -1}, r"span1_index is -1, but the text has 3 words"),
+        ("wsc", {**WSC, "text": ""}, r"span1_index is 0, but the text has 0 words"),
+        (
+            "record",
+            {"passage": {"text": "We won", "entities": [{"start": 0, "end": 6}]}, "qas": []},
+            r"an entity is at the characters 0 to 7 of a text with 6: 'We won'",
+        ),
+        (
+            "squad",
+            {**SQUAD, "answers": {"text": ["war"], "answer_start": [-1]}},
+            r"answer is at th",
+        ),
+        (
+            "squad",
+            {**SQUAD, "answers": {"text": ["war"], "answer_start": [6]}},
+            r"6 to 9 of a text",
+        ),
+        (
+            "squad",
+            {**SQUAD, "answers": {"text": ["war"], "answer_start": []}},
+            r"1 texts, but 0 pl",
         ),
         ("squad", {"title": "a"}, r"no column 'paragraphs'; there are 'title': is this the file"),
     ],
