@@ -114,6 +114,9 @@ def evaluate_command(
             report.show(output, as_json)
 
 
+_LOG_COLUMNS = 160
+
+
 class _Report:
     """What was measured, as values and as tables."""
 
@@ -132,6 +135,8 @@ class _Report:
             typer.echo(text)
         else:
             console = Console()
+            if not console.is_terminal:  # a job's log would cut each row into three lines
+                console = Console(width=_LOG_COLUMNS)
             for table in self.tables:
                 console.print(table)
 
