@@ -265,18 +265,26 @@ def _write_graph(model: Any, names: Sequence[str], path: Path) -> None:
         1: Dim("length", min=2, max=model.config.max_position_embeddings),
     }
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    with _quietly():
-        torch.onnx.export(
-            _Traced(model, names),
-            (ids_BL, torch.ones_like(ids_BL)),
-            str(path),
-            dynamo=True,
-            verbose=False,
-            input_names=["input_ids", "attention_mask"],
-            output_names=list(names),
-            dynamic_shapes=(axes, axes),
-            external_data=size > _LARGE_BYTES,
-        )
+    try:
+        with _quietly():
+            torch.onnx.export(
+                _Traced(model, names),
+                (ids_BL, torch.ones_like(ids_BL)),
+                str(path),
+                dynamo=True,
+                verbose=False,
+                input_names=["input_ids", "attention_mask"],
+                output_names=list(names),
+                dynamic_shapes=(axes, axes),
+                external_data=size > _LARGE_BYTES,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        made = ", ".join(f"{name} {number}" for name, number in _versions().items())
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"this model gives no graph with {made} ({first}); nothing was written: install the "
+            "versions of constraints.txt"
+        ) from error
 
 
 def _quantize(source: Path, target: Path) -> None:

@@ -193,6 +193,17 @@ def test_mistakes(encoder, tmp_path, exported, small, monkeypatch):
         export_run(exported.folder, tmp_path / "out", onnx=("fp32",))
 
 
+def test_a_model_that_cannot_be_traced_is_told(small, monkeypatch):
+    folder = small(AutoModelForSequenceClassification)
+    # What the exporter meets in a model that decides by the text.
+    monkeypatch.setattr(
+        module._Traced, "forward", lambda _, ids, mask: (ids if ids.sum() > 3 else mask,)
+    )
+    with pytest.raises(UserError, match=r"no graph with torch .+ \(.+\); nothing was written"):
+        export_onnx(folder)
+    assert not (folder / "onnx").exists()
+
+
 def test_sentences_are_real_and_evenly_spaced():
     sentences = read_sentences(None)
     assert len(sentences) == len(set(sentences)) == 200
