@@ -342,13 +342,13 @@ def table(folder: Path) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def replaced(text: str, made: str) -> str | None:
+def replaced(text: str, made: str, begin: str = BEGIN, end: str = END) -> str | None:
     """Put a table between the marks of a page; None where it has none."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
+    head, found_begin, rest = text.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not found_begin or not found_end:
         return None
-    return f"{head}{BEGIN}\n{made}{END}{tail}"
+    return f"{head}{begin}\n{made}{end}{tail}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

