@@ -9,6 +9,8 @@
 #   make soak    KILLS=200 random kills against undisturbed runs
 #   make matrix  every ZeRO mode against a plain oracle
 #   make bench   ratios against peers, written to tests/benchmarks/results/
+#   make scores  WORK=scores STEPS=: pre-trains on fetched English and fine-tunes on labelled tasks,
+#                from its weights and from random ones; hours; writes README.md's table
 #   make gpu     PART=tests|attention|layer|step SIZE=large BUDGET_SECONDS=480: GPU tests and
 #                benchmarks with the packages that PYTHON has; installs nothing
 #   make gpu-wheels  wheels that a GPU machine without a package index needs; make gpu WHEELS=...
@@ -30,7 +32,7 @@ SLURM_WORKERS ?= 5
 
 export DS_BUILD_OPS = 0
 
-.PHONY: venv demo test lint faults slurm slurm-packages soak matrix bench gpu gpu-wheels kernels-compile clean
+.PHONY: venv demo test lint faults slurm slurm-packages soak matrix bench scores gpu gpu-wheels kernels-compile clean
 
 venv: $(STAMP)
 
@@ -79,6 +81,10 @@ matrix: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py
+
+scores: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.labelled_tasks --work $(or $(WORK),scores) $(if $(STEPS),--steps $(STEPS))
+	$(BIN)/python -m tests.benchmarks.labelled_table --write README.md
 
 gpu:
 	$(PYTHON) tests/benchmarks/gpu.py $(if $(PART),--part $(PART)) --size $(or $(SIZE),large) \
