@@ -55,7 +55,7 @@ def _shown(values: Sequence[float]) -> str:
 def _row(task: Result) -> tuple[str, ...]:
     options = task["options"]
     guesses = [f"{values[FIGURE]:.3f} {name}" for name, values in task["baselines"].items()]
-    recipe = f"{options['epochs']} epochs, {task['learning_rate']:g}"
+    recipe = f"{options['epochs']} epochs of {options['batch_size']}, {task['learning_rate']:g}"
     starts = (_shown(scores(task, start)) for start in ("pretrained", "random"))
     return (task["title"], *starts, ", ".join(guesses), recipe)
 
@@ -64,17 +64,23 @@ def _about(result: Result) -> str:
     trained = result["pretraining"]
     figures, removed = trained["heldout"]["figures"], trained["removed"]
     num_bytes = sum(source["text_bytes"] for source in trained["sources"].values())
-    layers = trained["config"]["discriminator"]
+    config = trained["config"]
+    is_mlm = config["objective"]["task"] == "mlm"
+    network = config["generator" if is_mlm else "discriminator"]
+    learned = f"MLM loss {figures['eval/mlm_loss']:.2f} nats"
+    if not is_mlm:
+        learned += f", area under RTD's ROC curve {figures['eval/rtd_auc']:.2f}"
+    objective = "masked language modelling" if is_mlm else "replaced token detection"
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers"))
     tokens = f"{trained['tokens'] / 1e6:.1f} million tokens out of {num_bytes / 1e6:.0f} MB"
     return (
         f"Accuracy on test files, mean over 3 seeds (lowest to highest). {result['device']}, "
-        f"{result['date']}, {versions}. Pre-training: {layers['num_hidden_layers']} layers of "
-        f"{layers['hidden_size']}, {trained['steps']:,} steps, {tokens}; of "
-        f"{trained['documents']:,} documents {removed['near duplicate']} were left out as "
-        f"near-duplicates, {removed['evaluation overlap']} for 13 words in a row that a test or "
-        f"dev file has; held out, MLM loss {figures['mlm_loss']:.2f} nats, area under RTD's ROC "
-        f"curve {figures['rtd_auc']:.2f}.\n"
+        f"{result['date']}, {versions}. Pre-training: {objective}, "
+        f"{network['num_hidden_layers']} layers of {network['hidden_size']}, "
+        f"{trained['steps']:,} steps, {tokens}; of {trained['documents']:,} documents "
+        f"{removed['near duplicate']} were left out as near-duplicates, "
+        f"{removed['evaluation overlap']} for 13 words in a row that a test or dev file has; "
+        f"held out, {learned}.\n"
     )
 
 

@@ -1,10 +1,11 @@
 """`make scores`: what it keeps and repeats, its table in README.md, and what it must show."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import labelled_table, labelled_tasks
+from tests.benchmarks import labelled_table
 from tests.benchmarks.labelled_table import BEGIN, END, FOLDER, gap_beyond_ranges, scores, table
 from tests.benchmarks.labelled_tasks import TASKS, Scores, StageFailed
 from tests.benchmarks.readme_table import replaced
@@ -62,7 +63,7 @@ class FakeCommands(Scores):
     """Writes what `deberta evaluate` would, and remembers what was run."""
 
     def __init__(self, work):
-        super().__init__(work, [], work / "deepspeed.json")
+        super().__init__(work, Path("model.toml"), Path("deepspeed.json"))
         self.ran = []
 
     def command(self, name, words, *, is_done=False):
@@ -72,7 +73,7 @@ class FakeCommands(Scores):
 
 
 def test_scores_are_kept_as_long_as_weights_and_command_are_the_same(tmp_path):
-    weights = tmp_path / labelled_tasks.WEIGHTS
+    weights = tmp_path / "model/export/discriminator/model.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"first")
     fake = FakeCommands(tmp_path)
@@ -84,18 +85,18 @@ def test_scores_are_kept_as_long_as_weights_and_command_are_the_same(tmp_path):
     fake.score(small)
     fake.score(small._replace(epochs=small.epochs + 1))
     assert len(fake.ran) == 3
-    kept = json.loads((tmp_path / f"scores/{small.name}.json").read_text())
+    kept = json.loads(fake.path_of(small).read_text())
     assert f"--epochs {small.epochs + 1} " in kept["command"]
     assert scores(kept, "random") == [0.7]
 
 
 def test_a_command_that_fails_is_named_with_the_end_of_its_log(tmp_path):
+    stages = Scores(tmp_path, Path("model.toml"), Path("deepspeed.json"))
     with pytest.raises(StageFailed, match=r"(?s)export ended with 2; .*export\.log.*nothing-here"):
-        Scores(tmp_path, [], tmp_path).command(
-            "export", ["deberta", "export", "nothing-here", "export"]
-        )
+        stages.command("export", ["deberta", "export", "nothing-here", "export"])
 
 
 def test_a_command_that_is_done_is_told_and_not_run(tmp_path, capsys):
-    Scores(tmp_path, [], tmp_path).command("export", ["deberta", "nonsense"], is_done=True)
+    stages = Scores(tmp_path, Path("model.toml"), Path("deepspeed.json"))
+    stages.command("export", ["deberta", "nonsense"], is_done=True)
     assert "deberta nonsense (done before)" in capsys.readouterr().out
