@@ -124,10 +124,12 @@ class Scores:
         files = ["--config", self._config.name, "--deepspeed_config", self._deepspeed.name]
         run, export = f"{self._model}/run", f"{self._model}/export"
         paths = ["data.path=dataset", f"run.folder={run}"]
-        self.command("training", ["deberta", "train", *files, *paths, *self._training])
-        self.command("export", ["deberta", "export", run, export, "--force"])
+        self.command(
+            f"{self._model}-training", ["deberta", "train", *files, *paths, *self._training]
+        )
+        self.command(f"{self._model}-export", ["deberta", "export", run, export, "--force"])
         heldout = ["--dataset", "dataset", "--output", f"{self._model}/heldout.json"]
-        self.command("heldout", ["deberta", "evaluate", export, *heldout])
+        self.command(f"{self._model}-heldout", ["deberta", "evaluate", export, *heldout])
 
     def score(self, task: ScoredTask) -> None:
         """Fine-tune on a task, unless that was done with these weights by this command."""
@@ -140,7 +142,9 @@ class Scores:
                 return
         found = path.with_suffix(".partial")
         started_seconds = time.monotonic()
-        self.command(task.name, [*words, "--output", str(found.relative_to(self._work))])
+        self.command(
+            f"{self._model}-{task.name}", [*words, "--output", str(found.relative_to(self._work))]
+        )
         seconds = round(time.monotonic() - started_seconds)
         report = json.loads(found.read_text(encoding="utf-8"))["finetune"]
         value = {**key, "title": task.title, "seconds": seconds, **report}

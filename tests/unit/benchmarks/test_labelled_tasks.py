@@ -80,7 +80,7 @@ def test_scores_are_kept_as_long_as_weights_and_command_are_the_same(tmp_path):
     small = TASKS[0]
     fake.score(small)
     fake.score(small)
-    assert fake.ran == [small.name]
+    assert fake.ran == [f"model-{small.name}"]
     weights.write_bytes(b"second")
     fake.score(small)
     fake.score(small._replace(epochs=small.epochs + 1))
