@@ -9,8 +9,8 @@
 #   make soak    KILLS=200 random kills against undisturbed runs
 #   make matrix  every ZeRO mode against a plain oracle
 #   make bench   ratios against peers, written to tests/benchmarks/results/
-#   make scores  WORK=scores STEPS=: pre-trains on fetched English and fine-tunes on labelled tasks,
-#                from its weights and from random ones; hours; writes README.md's table
+#   make scores  WORK=scores STEPS= CONFIG= TASKS=: pre-trains on fetched English and fine-tunes on
+#                labelled tasks, from its weights and from random ones; hours; writes README.md's table
 #   make gpu     PART=tests|attention|layer|step SIZE=large BUDGET_SECONDS=480: GPU tests and
 #                benchmarks with the packages that PYTHON has; installs nothing
 #   make gpu-wheels  wheels that a GPU machine without a package index needs; make gpu WHEELS=...
@@ -83,7 +83,8 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py
 
 scores: $(STAMP)
-	$(BIN)/python -m tests.benchmarks.labelled_tasks --work $(or $(WORK),scores) $(if $(STEPS),--steps $(STEPS))
+	$(BIN)/python -m tests.benchmarks.labelled_tasks --work $(or $(WORK),scores) \
+		$(if $(STEPS),--steps $(STEPS)) $(if $(CONFIG),--config $(CONFIG)) $(if $(TASKS),--tasks $(TASKS))
 	$(BIN)/python -m tests.benchmarks.labelled_table --write README.md
 
 gpu:
