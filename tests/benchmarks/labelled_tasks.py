@@ -147,7 +147,7 @@ class Scores:
         )
         seconds = round(time.monotonic() - started_seconds)
         report = json.loads(found.read_text(encoding="utf-8"))["finetune"]
-        value = {**key, "title": task.title, "seconds": seconds, **report}
+        value = {**report, **key, "title": task.title, "seconds": seconds}
         found.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
         found.rename(path)
 

@@ -69,7 +69,8 @@ class FakeCommands(Scores):
     def command(self, name, words, *, is_done=False):
         self.ran.append(name)
         output = self._work / words[words.index("--output") + 1]
-        output.write_text(json.dumps({"finetune": task([0.8], [0.7])}))
+        report = {**task([0.8], [0.7]), "command": "as the program says it"}
+        output.write_text(json.dumps({"finetune": report}))
 
 
 def test_scores_are_kept_as_long_as_weights_and_command_are_the_same(tmp_path):
