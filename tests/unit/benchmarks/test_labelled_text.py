@@ -67,12 +67,9 @@ def test_sentences_of_brown_keep_words_with_slashes():
 
 
 def documents(number, length=30):
-    """Documents whose sentences name them; every tenth sentence has a tag of its own."""
+    """Documents whose sentences name them."""
     return {
-        f"c{number:02}": [
-            [(f"w{number}.{place}", "odd" if place % 10 == 9 else "nn"), (".", ".")]
-            for place in range(length)
-        ]
+        f"c{number:02}": [[(f"w{number}.{place}", "nn"), (".", ".")] for place in range(length)]
         for number in range(number)
     }
 
@@ -97,8 +94,18 @@ def test_no_document_of_brown_is_in_two_parts(monkeypatch):
     assert len(groups["test"]) == 8, "a fifth of the documents, all of them in the part"
     assert len(groups["dev"]) == 4
     assert parts["60"][:20] == parts["20"]
-    assert {tag for sentence in parts["20"] for _, tag in sentence} == {"nn", "odd", "."}
     assert split_brown(documents(40)) == parts
+
+
+def test_a_small_part_of_brown_has_all_tags(monkeypatch):
+    monkeypatch.setattr(labelled_text, "SIZES", (20, 60))
+    made = documents(40)
+    (first, *_), *_, last = split_brown(made)["60"]
+    name = f"c{int(last[0][0][1:].partition('.')[0]):02}"
+    made[name][made[name].index(last)] = [(last[0][0], "odd"), (".", ".")]
+    parts = split_brown(made)
+    assert {tag for sentence in parts["20"] for _, tag in sentence} == {"nn", "odd", "."}
+    assert parts["20"][0][0] == first
 
 
 def test_questions_count_once_whatever_their_case_and_punctuation():
