@@ -221,7 +221,7 @@ class Scores:
         }
 
     def _pretraining(self) -> dict[str, Any]:
-        config = self._read(f"{self._model}/run/config.resolved.json")
+        config = self._read(f"{self._model}/run/config.resolved.json")["run_config"]
         heldout = self._read(f"{self._model}/heldout.json")["heldout"]
         deepspeed = self._read(self._deepspeed.name)
         manifest, dedup = self._read("dataset/manifest.json"), self._read("decisions/dedup.json")
