@@ -20,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 from pipeline.preflight.finding import Finding
 
 DISTRIBUTION = "deberta-pretrain"
-EXTRAS = ("mpi", "kernels", "clean", "remote")
+EXTRAS = ("mpi", "kernels", "clean", "remote", "onnx")
 """Those that change what the program can do."""
 _SHOWN = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 

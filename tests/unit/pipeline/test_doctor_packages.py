@@ -1,8 +1,10 @@
 """What `deberta doctor` says of packages: real metadata of made-up distributions."""
 
+import tomllib
+
 import pytest
 
-from pipeline.preflight.packages import Wanted, look_at_packages
+from pipeline.preflight.packages import EXTRAS, Wanted, look_at_packages
 from tests.worlds import ROOT
 
 OURS = """
@@ -108,4 +110,10 @@ def test_metadata_without_a_source_tree(installed, tmp_path):
     installed("doctortest-mpi", "4.1")
     lines = [finding.line for finding in look_at_packages("n", None, "doctortest-ours")]
     assert "not installed, and doctortest-ours asks for" in lines[1]
-    assert lines[2] == "n extras: ok, mpi installed; not kernels, clean, remote"
+    assert lines[2] == "n extras: ok, mpi installed; not kernels, clean, remote, onnx"
+
+
+def test_extras_are_all_of_the_project_but_for_its_tests():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    assert set(EXTRAS) == set(extras) - {"test"}
