@@ -195,22 +195,13 @@ def test_sift_is_an_option_of_the_command(exported, tmp_path, capsys):
     for name in ("train", "test"):
         rows = [{"text": f"war {i}", "label": i % 2} for i in range(8)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate_command(
-        exported.folder,
-        task="rte",
-        data=str(write_glue(tmp_path / "glue")),
-        train=tmp_path / "train.jsonl",
-        test=tmp_path / "test.jsonl",
-        seeds=1,
-        epochs=1,
-        max_length=16,
-        device="cpu",
-        sift=True,
-        vat_lambda=2.0,
-        results=tmp_path / "results",
-        as_json=True,
-    )
+    how = {"seeds": 1, "epochs": 1, "max_length": 16, "device": "cpu", "as_json": True}
+    how |= {"sift": True, "vat_lambda": 2.0}
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "test")}
+    evaluate_command(exported.folder, **files, **how)
     printed = json.loads(capsys.readouterr().out)
     assert printed["finetune"]["options"]["sift"]["vat_lambda"] == 2.0
+    glue = str(write_glue(tmp_path / "glue"))
+    evaluate_command(exported.folder, task="rte", data=glue, results=tmp_path / "results", **how)
     kept = json.loads((tmp_path / "results" / "rte" / "pretrained-seed-0.json").read_text())
     assert kept["settings"]["sift"]["vat_init_perturbation"] == 0.01

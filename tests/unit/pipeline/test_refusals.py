@@ -71,6 +71,8 @@ def test_a_rank_says_what_it_alone_finds_before_the_ranks_have_met(start, tmp_pa
         raise UserError("no GPU here")
 
     monkeypatch.setattr(train, "_join_world", refuse)
+    # Other tests of this process may have met others, which the fork would inherit.
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
     words = ["--config", "demo", "--deepspeed_config", str(ROOT / "ds_configs/cpu_debug.json")]
     words += [f"data.path={tmp_path}", f"run.folder={tmp_path / 'run'}"]
     other = start(1, first_seconds=0.3, words=words)
